@@ -1,0 +1,131 @@
+# `make help` lists the targets. The two that a newcomer needs: `make demo` and `make test`.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+# local: the cluster of hack/cluster, started when it is not running. existing: the current kubectl context, nothing started.
+CLUSTER ?= local
+# Where images are pulled from with CLUSTER=existing, for example 123456789012.dkr.ecr.us-west-2.amazonaws.com/finetune
+IMAGE_PREFIX ?= localhost
+NAMESPACE ?= finetune-system
+RELEASE ?= finetune-operator
+# Extra arguments for pytest, for example: make unit PYTEST_ARGS="-k packing -x"
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+PY := $(BIN)/python
+CLUSTER_PY := python3 hack/cluster/cluster.py
+CLUSTER_ENV := if [ "$(CLUSTER)" = local ]; then eval "$$($(CLUSTER_PY) env)"; fi
+IMAGES := $(PY) hack/images.py --cluster $(CLUSTER) --prefix $(IMAGE_PREFIX)
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[36m%-16s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+##@ Everyday
+
+.PHONY: setup
+setup: ## Make .venv with pinned dependencies (nothing to do when it is current)
+	@./hack/setup.sh
+
+.PHONY: demo
+demo: setup cluster-up images install ## Fine-tune a small model on a real cluster, from kubectl apply to its answers
+	@$(CLUSTER_ENV); $(PY) hack/demo/demo.py --trainer-image "$$($(IMAGES) print trainer)" \
+	  $(if $(filter existing,$(CLUSTER)),--existing-cluster,) $(DEMO_ARGS)
+
+.PHONY: test
+test: setup lint type unit-chart cluster-up images install ## Everything: lint, types, unit, chart, contract and end-to-end tests
+	@$(CLUSTER_ENV); $(IMAGES) env > build/images.env; set -a; . build/images.env; set +a; \
+	  $(PY) -m pytest tests/contract tests/e2e $(PYTEST_ARGS)
+
+.PHONY: unit
+unit: setup ## Unit tests; no cluster, no root
+	@$(PY) -m pytest tests/unit --ignore=tests/unit/chart $(PYTEST_ARGS)
+
+##@ Checks
+
+.PHONY: lint
+lint: setup ## ruff (style and imports) and the import boundaries
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+
+.PHONY: type
+type: setup ## mypy, strict
+	@$(BIN)/mypy
+
+.PHONY: chart
+chart: setup helm ## Chart tests on helm's own rendering
+	@$(CLUSTER_ENV); $(PY) -m pytest tests/unit/chart $(PYTEST_ARGS)
+
+.PHONY: unit-chart
+unit-chart: setup helm
+	@$(CLUSTER_ENV); $(PY) -m pytest tests/unit $(PYTEST_ARGS)
+
+.PHONY: contract
+contract: setup cluster-up ## Contract tests on a real API server, controller-manager and scheduler
+	@$(CLUSTER_ENV); $(PY) -m pytest tests/contract $(PYTEST_ARGS)
+
+.PHONY: e2e
+e2e: setup cluster-up images install ## End-to-end tests: the installed chart, real images, faults injected
+	@$(CLUSTER_ENV); mkdir -p build; $(IMAGES) env > build/images.env; set -a; . build/images.env; set +a; \
+	  $(PY) -m pytest tests/e2e $(PYTEST_ARGS)
+
+.PHONY: golden
+golden: setup ## Rewrite tests/golden; review the diff
+	@UPDATE_GOLDEN=1 $(PY) -m pytest -q tests/unit/finetune_operator -k golden
+
+.PHONY: generate
+generate: setup ## Regenerate crds/, docs/api.md and the chart's copies
+	@$(PY) hack/generate.py
+
+.PHONY: verify
+verify: generate golden ## Regenerate everything and fail when that changes a tracked file
+	@git diff --exit-code -- crds docs charts tests/golden
+
+.PHONY: requirements
+requirements: setup ## Resolve requirements/*.in again (upgrades within the pins)
+	@./hack/requirements.sh
+
+.PHONY: bench
+bench: setup ## Benchmarks side by side with what the field uses; they print ratios
+	@for f in bench/*.py; do echo "== $$f"; $(PY) $$f; done
+
+##@ Cluster
+
+.PHONY: cluster-up
+cluster-up: ## Build (once) and start a real single-node Kubernetes on this machine
+	@if [ "$(CLUSTER)" = local ]; then $(CLUSTER_PY) up; else kubectl version >/dev/null \
+	  || { echo "CLUSTER=existing: kubectl reaches no cluster; check KUBECONFIG and the current context" >&2; exit 1; }; fi
+
+.PHONY: cluster-down
+cluster-down: ## Stop it and remove every process, mount, bridge and firewall rule of it
+	@$(CLUSTER_PY) down
+
+.PHONY: cluster-status
+cluster-status: ## Show what of it runs
+	@$(CLUSTER_PY) status
+
+.PHONY: helm
+helm:
+	@if [ "$(CLUSTER)" = local ]; then $(CLUSTER_PY) build helm; fi
+
+.PHONY: images
+images: setup ## Build the operator's and the trainer's image where they are missing; tags are digests of their inputs
+	@$(IMAGES) build
+
+.PHONY: install
+install: images ## helm upgrade --install the operator with these images
+	@$(CLUSTER_ENV); helm upgrade --install $(RELEASE) charts/finetune-operator --namespace $(NAMESPACE) --create-namespace \
+	  $$($(IMAGES) helm-args) --wait --timeout 3m >/dev/null
+	@echo "install: $(RELEASE) runs in namespace $(NAMESPACE)"
+
+.PHONY: uninstall
+uninstall: ## Remove the operator, its CRD and with it every FineTuneJob
+	@$(CLUSTER_ENV); helm uninstall $(RELEASE) --namespace $(NAMESPACE) --wait --ignore-not-found; \
+	  kubectl delete crd finetunejobs.finetune-operator.io --ignore-not-found
+
+.PHONY: clean
+clean: ## Remove build output and .venv of this checkout (caches outside the tree stay)
+	@rm -rf build dist .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""The stages of a FineTuneJob as programs; `contract` is what the operator shares with them."""
