@@ -54,6 +54,7 @@ lint: setup ## ruff (style and imports) and the import boundaries
 .PHONY: type
 type: setup ## mypy, strict
 	@$(BIN)/mypy
+	@cd hack/cluster && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --strict local_cluster cluster.py
 
 .PHONY: chart
 chart: setup helm ## Chart tests on helm's own rendering
@@ -73,12 +74,13 @@ e2e: setup cluster-up images install ## End-to-end tests: the installed chart, r
 	  $(PY) -m pytest tests/e2e $(PYTEST_ARGS)
 
 .PHONY: golden
-golden: setup ## Rewrite tests/golden; review the diff
-	@UPDATE_GOLDEN=1 $(PY) -m pytest -q tests/unit/finetune_operator -k golden
+golden: setup helm ## Rewrite tests/golden; review the diff
+	@$(CLUSTER_ENV); UPDATE_GOLDEN=1 $(PY) -m pytest -q tests/unit/finetune_operator tests/unit/chart -k golden
 
 .PHONY: generate
 generate: setup ## Regenerate crds/, docs/api.md and the chart's copies
-	@$(PY) hack/generate.py
+	@$(PY) -m finetune_operator.api.crd .
+	@$(PY) hack/generate_chart.py
 
 .PHONY: verify
 verify: generate golden ## Regenerate everything and fail when that changes a tracked file
@@ -118,7 +120,7 @@ images: setup ## Build the operator's and the trainer's image where they are mis
 .PHONY: install
 install: images ## helm upgrade --install the operator with these images
 	@$(CLUSTER_ENV); helm upgrade --install $(RELEASE) charts/finetune-operator --namespace $(NAMESPACE) --create-namespace \
-	  $$($(IMAGES) helm-args) --wait --timeout 3m >/dev/null
+	  $$($(IMAGES) helm-args) --take-ownership --wait --timeout 3m >/dev/null
 	@echo "install: $(RELEASE) runs in namespace $(NAMESPACE)"
 
 .PHONY: uninstall

@@ -96,7 +96,7 @@ def architecture() -> str:
 
 def read_settings(environ: Mapping[str, str], source: Path) -> Settings:
     """FINETUNE_CACHE, FINETUNE_STATE, XDG_CACHE_HOME and KUBEBUILDER_ASSETS, with their defaults."""
-    home_cache = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME", "/root")) / ".cache")
+    home_cache = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or Path.home()) / ".cache")
     cache = Path(environ.get("FINETUNE_CACHE") or home_cache / "finetune-operator")
     assets = environ.get("KUBEBUILDER_ASSETS")
     return Settings(

@@ -1,0 +1,196 @@
+"""The typed status of a FineTuneJob: the observation, derived anew each time from the job's children.
+
+The operator writes it through the status subresource. Fields marked print-only exist for columns and people; no code
+decides by them. Lists are bounded so that a status never outgrows the API server's limits.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_operator.api.model import StatusModel, Timestamp
+
+ConditionStatus = Literal["True", "False", "Unknown"]
+
+MAX_ATTEMPTS = 20
+"""Entries of status.attempts; the oldest fall out."""
+
+_Text = Annotated[str, Field(max_length=1024)]
+_Message = Annotated[str, Field(max_length=32768)]
+_Word = Annotated[str, Field(max_length=64)]
+_Name = Annotated[str, Field(max_length=253)]
+_Digest = Annotated[str, Field(max_length=128)]
+
+
+class Condition(StatusModel):
+    """One aspect of the job, in the form of metav1.Condition."""
+
+    type: Annotated[str, Field(min_length=1, max_length=316)] = Field(
+        description="The aspect, such as Succeeded, Validated or Trained."
+    )
+    status: ConditionStatus = Field(description="True, False or Unknown.")
+    observed_generation: int = Field(
+        default=0, ge=0, description="Generation of the spec that the condition speaks of."
+    )
+    last_transition_time: Timestamp = Field(description="When the status last changed.")
+    reason: Annotated[str, Field(min_length=1, max_length=1024)] = Field(
+        description="One CamelCase word of a closed list: why."
+    )
+    message: _Message = Field(default="", description="A sentence: what happened, where, and what to do next.")
+
+
+class Artifact(StatusModel):
+    """A complete artifact on the workspace volume."""
+
+    path: _Text = Field(description="Folder, relative to the root of the workspace volume.")
+    digest: _Digest = Field(description="sha256 of its manifest, as sha256:<hex>.")
+
+
+class StageStatus(StatusModel):
+    """One stage of the job."""
+
+    name: _Word = Field(description="The stage: prepare, compile, train, consolidate, merge, evaluate or publish.")
+    state: _Word = Field(
+        description="Waiting, Starting, Running, Retrying, Succeeded, Reused, Skipped, Suspended or Failed."
+    )
+    attempt: int = Field(default=0, ge=0, description="Number of the newest attempt, 1 for the first; 0 before it.")
+    job_name: _Name | None = Field(default=None, description="The batch/v1 Job of the newest attempt.")
+    start_time: Timestamp | None = Field(default=None, description="When the newest attempt's Job was created.")
+    completion_time: Timestamp | None = Field(default=None, description="When the stage ended.")
+    duration_seconds: int | None = Field(default=None, ge=0, description="Time from start to end, in seconds.")
+    input_digest: _Digest | None = Field(
+        default=None, description="Digest of everything that the stage reads; it names Job and output."
+    )
+    artifact: Artifact | None = Field(default=None, description="What the stage wrote.")
+    reason: _Word | None = Field(default=None, description="Why the stage is in this state, one CamelCase word.")
+    message: _Message | None = Field(default=None, description="The same as a sentence, with what to do next.")
+    exit_code: int | None = Field(
+        default=None, description="Exit code of the newest attempt's failed or last container."
+    )
+
+
+class Checkpoint(StatusModel):
+    """A complete checkpoint."""
+
+    step: int = Field(ge=0, description="Step after which it was written.")
+    time: Timestamp | None = Field(default=None, description="When it was written.")
+
+
+class TrainingStatus(StatusModel):
+    """How the training stands, as last reported."""
+
+    step: int | None = Field(default=None, ge=0, description="Steps done.")
+    total_steps: int | None = Field(default=None, ge=0, description="Steps to do in all.")
+    loss: float | None = Field(default=None, description="Training loss of the last logged step.")
+    tokens_per_second: float | None = Field(
+        default=None, ge=0, description="Tokens trained on in a second, all ranks together."
+    )
+    last_checkpoint: Checkpoint | None = Field(default=None, description="The newest complete checkpoint.")
+
+
+class PromptAnswers(StatusModel):
+    """What both models answered to one of the job's prompts."""
+
+    prompt: Annotated[str, Field(max_length=8192)] = Field(description="The prompt's text.")
+    expected: Annotated[str, Field(max_length=8192)] | None = Field(
+        default=None, description="The right answer, where the spec has one."
+    )
+    base: Annotated[str, Field(max_length=8192)] | None = Field(default=None, description="The base model's answer.")
+    tuned: Annotated[str, Field(max_length=8192)] | None = Field(default=None, description="The tuned model's answer.")
+
+
+class EvaluationStatus(StatusModel):
+    """Losses on the held-out records, and answers to the job's prompts."""
+
+    base_loss: float | None = Field(default=None, description="Held-out loss of the base model, in nats a token.")
+    tuned_loss: float | None = Field(default=None, description="Held-out loss of the tuned model, in nats a token.")
+    prompts: Annotated[
+        tuple[PromptAnswers, ...], Field(max_length=64, json_schema_extra={"x-kubernetes-list-type": "atomic"})
+    ] = Field(
+        default=(),
+        description="Answers to spec.evaluate.prompts as far as they fit the report; the artifact has all of them.",
+    )
+
+
+class AttemptStatus(StatusModel):
+    """One attempt of a stage that ended without its artifact."""
+
+    stage: _Word = Field(description="The stage.")
+    attempt: int = Field(ge=1, description="Number of the attempt within the stage.")
+    job_name: _Name | None = Field(default=None, description="The attempt's batch/v1 Job.")
+    end_time: Timestamp | None = Field(default=None, description="When it ended.")
+    reason: _Word = Field(description="Why it ended, one CamelCase word.")
+    message: Annotated[str, Field(max_length=4096)] = Field(default="", description="The same as a sentence.")
+    exit_code: int | None = Field(default=None, description="Exit code of the container that failed first, if one did.")
+    node: _Name | None = Field(default=None, description="Kubernetes node of the pod that failed first.")
+    counted: bool = Field(default=True, description="Whether the attempt used up one of retryPolicy.maxRetries.")
+
+
+class Artifacts(StatusModel):
+    """Where the results lie."""
+
+    adapter: Artifact | None = Field(default=None, description="The adapter in PEFT's layout.")
+    model: Artifact | None = Field(default=None, description="The whole tuned model in the hub's layout.")
+    evaluation: Artifact | None = Field(default=None, description="The comparison of base and tuned model.")
+
+
+class Cost(StatusModel):
+    """What the job took so far."""
+
+    node_seconds: int | None = Field(
+        default=None, ge=0, description="Time of all pods of all attempts together, in seconds."
+    )
+    amount: float | None = Field(default=None, ge=0, description="Price of it, where prices are configured.")
+    currency: Annotated[str, Field(max_length=3)] | None = Field(
+        default=None, description="Currency of amount, such as USD."
+    )
+
+
+class FineTuneJobStatus(StatusModel):
+    """What is observed."""
+
+    observed_generation: int | None = Field(
+        default=None, ge=0, description="Generation of the spec that this status was derived from."
+    )
+    conditions: Annotated[
+        tuple[Condition, ...],
+        Field(
+            max_length=32, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
+        ),
+    ] = Field(
+        default=(),
+        description="The truth about the job. Succeeded is Unknown while the job is under way and True or False at "
+        "its end.",
+    )
+    phase: _Word | None = Field(default=None, description="Print-only, derived from conditions: the job in one word.")
+    stage: _Word | None = Field(
+        default=None, description="Print-only: place and name of the current stage, such as `2/5 train`."
+    )
+    progress: _Word | None = Field(default=None, description="Print-only: share of the work done, such as `62%`.")
+    eta: _Word | None = Field(default=None, description="Print-only: estimated time to the end, such as `1h20m`.")
+    reason: _Word | None = Field(default=None, description="Print-only: the reason that matters most now.")
+    message: _Message | None = Field(default=None, description="Print-only: the sentence that belongs to reason.")
+    start_time: Timestamp | None = Field(default=None, description="When the first stage was started.")
+    completion_time: Timestamp | None = Field(
+        default=None, description="When the job reached its end, Succeeded or Failed; absent while it is under way."
+    )
+    stages: Annotated[
+        tuple[StageStatus, ...],
+        Field(
+            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+        ),
+    ] = Field(default=(), description="Every stage of the job in the order in which they run.")
+    training: TrainingStatus | None = Field(default=None, description="How the training stands, as last reported.")
+    evaluation: EvaluationStatus | None = Field(default=None, description="Losses on the held-out records.")
+    attempts: Annotated[
+        tuple[AttemptStatus, ...],
+        Field(max_length=MAX_ATTEMPTS, json_schema_extra={"x-kubernetes-list-type": "atomic"}),
+    ] = Field(default=(), description="The last attempts that ended without their artifact, oldest first.")
+    restarts: int | None = Field(
+        default=None, ge=0, description="Attempts that ended without their artifact, of all stages together."
+    )
+    artifacts: Artifacts | None = Field(default=None, description="Where the results lie on the workspace volume.")
+    trainable_parameters: int | None = Field(default=None, ge=0, description="Parameters that training changes.")
+    cost: Cost | None = Field(default=None, description="What the job took so far.")

@@ -1,0 +1,408 @@
+"""The stage graph: which stages a job has, what each reads, how each stands, and which is due.
+
+derive_pipeline is the one decision of the operator; desired.py turns it into objects and status.py into a status. A
+stage begins when every earlier one has its artifact, so there is one current stage. Pure: `now` is an argument.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from finetune_operator.api.conditions import find_condition
+from finetune_operator.api.constants import ConditionType, Reason, StageState
+from finetune_operator.api.finetunejob import FineTuneJob
+from finetune_operator.core import accelerators
+from finetune_operator.core.failure import derive_outcome, find_waiting
+from finetune_operator.core.names import child_name
+from finetune_operator.core.observed import Attempt, Observed
+from finetune_operator.core.parallelism import Parallelism, derive_parallelism
+from finetune_operator.core.records import Outcome, Result
+from finetune_operator.core.settings import RetryTiming, Settings
+from finetune_trainer import contract
+from finetune_trainer.contract import ArtifactRef, StageConfig
+
+DONE = frozenset({StageState.SUCCEEDED, StageState.REUSED, StageState.SKIPPED})
+JITTER = 0.2
+"""A wait is up to this share longer, by a hash of job and attempt, so that jobs that failed together spread."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """An attempt that has to exist now. `config` is its stage.json, `completions` the number of its pods."""
+
+    name: str
+    number: int
+    config: StageConfig
+    digest: str
+    completions: int
+    default_image: str
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """How one stage stands. `start` is the attempt to begin or to keep complete; `wake_at` when to look again."""
+
+    name: str
+    state: StageState
+    reason: Reason
+    message: str = ""
+    digest: str | None = None
+    attempts: tuple[Attempt, ...] = ()
+    outcomes: tuple[Outcome | None, ...] = ()
+    start: Start | None = None
+    wake_at: datetime | None = None
+
+    @property
+    def latest(self) -> Attempt | None:
+        return self.attempts[-1] if self.attempts else None
+
+    @property
+    def latest_outcome(self) -> Outcome | None:
+        return self.outcomes[-1] if self.outcomes else None
+
+    @property
+    def success(self) -> Outcome | None:
+        """The outcome that has the stage's report, or None while it has none."""
+        return next((o for o in reversed(self.outcomes) if o is not None and o.result is Result.SUCCEEDED), None)
+
+    @property
+    def is_new(self) -> bool:
+        """True when `start` is an attempt of which no Job exists yet."""
+        if self.start is None:
+            return False
+        number = self.start.number
+        return not any(attempt.number == number and attempt.job is not None for attempt in self.attempts)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Every stage in order. `deadline_passed` stops what runs."""
+
+    stages: tuple[StagePlan, ...]
+    deadline_passed: bool = False
+    deadline_at: datetime | None = None
+
+    @property
+    def current(self) -> StagePlan | None:
+        """The first stage that is not done; None when all are."""
+        return next((stage for stage in self.stages if stage.state not in DONE), None)
+
+    @property
+    def wake_at(self) -> datetime | None:
+        """When something changes by itself: the end of a wait, or the deadline."""
+        moments = [stage.wake_at for stage in self.stages if stage.wake_at is not None]
+        if self.deadline_at is not None and not self.deadline_passed and self.current is not None:
+            moments.append(self.deadline_at)
+        return min(moments, default=None)
+
+    @property
+    def restarts(self) -> int:
+        """Attempts that ended without their artifact, of all stages together."""
+        return sum(
+            outcome is not None and outcome.result in (Result.RETRY, Result.FAIL)
+            for stage in self.stages
+            for outcome in stage.outcomes
+        )
+
+
+def stage_names(job: FineTuneJob) -> tuple[str, ...]:
+    """The stages shown for a job, in order; those that its spec switches off are among them, as skipped."""
+    names = [contract.PREPARE, contract.TRAIN, contract.CONSOLIDATE, contract.MERGE, contract.EVALUATE]
+    return tuple(stage for stage in contract.STAGES if stage in names)
+
+
+def is_skipped(job: FineTuneJob, stage: str) -> bool:
+    """True when the spec does not ask for the stage."""
+    if stage == contract.MERGE:
+        return not job.spec.merge.enabled or job.spec.method.type == "full"
+    return stage == contract.EVALUATE and not job.spec.evaluate.enabled
+
+
+def job_parallelism(job: FineTuneJob) -> Parallelism:
+    """How the job's training is spread; ParallelismError when the sizes do not divide."""
+    spec = job.spec
+    return derive_parallelism(
+        num_nodes=spec.accelerator.nodes,
+        procs_per_node=accelerators.of(job).procs_per_node,
+        tp_size=spec.parallelism.tensor_parallel_size,
+        pp_size=spec.parallelism.pipeline_parallel_size,
+        micro_batch_size=spec.training.micro_batch_size,
+        gradient_accumulation_steps=spec.training.gradient_accumulation_steps,
+    )
+
+
+def stage_spec(job: FineTuneJob, stage: str) -> dict[str, Any]:
+    """The part of the spec that a stage reads, defaults filled in; a change of anything else leaves the stage alone."""
+    spec = job.spec.as_json()
+    if stage == contract.PREPARE:
+        length = {key: spec["training"][key] for key in ("maxSteps", "epochs", "seed") if key in spec["training"]}
+        return {"model": spec["model"], "dataset": spec["dataset"], "training": length}
+    if stage == contract.TRAIN:
+        return {"method": spec["method"], "training": spec["training"]}
+    if stage == contract.CONSOLIDATE:
+        return {"method": spec["method"]}
+    if stage == contract.MERGE:
+        return {"method": spec["method"], "merge": spec["merge"]}
+    if stage == contract.EVALUATE:
+        return {"evaluate": spec["evaluate"]}
+    raise KeyError(stage)
+
+
+_INPUTS: Mapping[str, Sequence[str]] = {
+    contract.PREPARE: (),
+    contract.TRAIN: (contract.MODEL_INPUT, contract.PREPARE),
+    contract.CONSOLIDATE: (contract.MODEL_INPUT, contract.TRAIN),
+    contract.MERGE: (contract.MODEL_INPUT, contract.CONSOLIDATE),
+    contract.EVALUATE: (contract.MODEL_INPUT, contract.PREPARE, contract.CONSOLIDATE, contract.MERGE),
+}
+"""Artifacts that a stage reads. evaluate reads merge's only where merge ran."""
+
+
+def _stage_config(
+    job: FineTuneJob, stage: str, artifacts: Mapping[str, ArtifactRef], image: str
+) -> tuple[StageConfig, str]:
+    """stage.json without its volatile fields, and its digest."""
+    parallelism: Mapping[str, int] = {}
+    if stage == contract.PREPARE:
+        parallelism = {"globalBatchSize": job_parallelism(job).global_batch_size}
+    elif stage == contract.TRAIN:
+        parallelism = job_parallelism(job).as_json()
+    inputs = {name: artifacts[name] for name in _INPUTS[stage] if name in artifacts}
+    config = StageConfig(
+        stage=stage, image=image, spec=stage_spec(job, stage), output="", inputs=inputs, parallelism=parallelism
+    )
+    return config, contract.stage_digest(config)
+
+
+def _image(job: FineTuneJob, stage: str, observed: Observed, settings: Settings) -> tuple[str, str]:
+    """(image of the stage, default image it was begun with). A started stage keeps the default of its start."""
+    begun = next(
+        (a.job.default_image for a in reversed(observed.of_stage(stage)) if a.job and a.job.default_image), None
+    )
+    default = begun or settings.of(stage).image or settings.trainer_image
+    return job.spec.stages.of(stage).image or default, default
+
+
+def is_finished(job: FineTuneJob) -> bool:
+    """True when the job came to its end under the generation of the spec that it has now; the end is final."""
+    end = find_condition(job.status.conditions, ConditionType.SUCCEEDED)
+    return end is not None and end.status != "Unknown" and end.observed_generation == job.generation
+
+
+def running_since(job: FineTuneJob) -> datetime | None:
+    """When the job's present run began: None before it, while suspended, and when a run has ended and the spec changed.
+
+    With is_finished all that is read back from the status: the clock of activeDeadlineSeconds, as Kubernetes' Jobs do.
+    """
+    if job.spec.suspend or job.status.completion_time is not None:
+        return None
+    return job.status.start_time
+
+
+def derive_pipeline(job: FineTuneJob, observed: Observed, settings: Settings, now: datetime) -> Pipeline:
+    """How every stage stands and what is due. ParallelismError when the spec's sizes do not divide."""
+    deadline_at = None
+    started_at = running_since(job)
+    if job.spec.active_deadline_seconds is not None and started_at is not None:
+        deadline_at = started_at + timedelta(seconds=job.spec.active_deadline_seconds)
+    passed = deadline_at is not None and now >= deadline_at
+    artifacts: dict[str, ArtifactRef] = {}
+    stages: list[StagePlan] = []
+    blocked = False
+    for name in stage_names(job):
+        if is_skipped(job, name):
+            stages.append(StagePlan(name, StageState.SKIPPED, Reason.SKIPPED, "The spec does not ask for it."))
+            continue
+        if blocked:
+            before = next(stage.name for stage in stages if stage.state not in DONE)
+            message = f"It begins when {before} has its artifact."
+            stages.append(StagePlan(name, StageState.WAITING, Reason.WAITING, message))
+            continue
+        plan = _stage_plan(job, name, artifacts, observed, settings, now, deadline_passed=passed)
+        stages.append(plan)
+        if plan.state in DONE and plan.success is not None and plan.success.report is not None:
+            artifacts.update(plan.success.report.artifacts)
+        else:
+            blocked = True
+    return Pipeline(stages=tuple(stages), deadline_passed=passed and blocked, deadline_at=deadline_at)
+
+
+def _stage_plan(
+    job: FineTuneJob,
+    stage: str,
+    artifacts: Mapping[str, ArtifactRef],
+    observed: Observed,
+    settings: Settings,
+    now: datetime,
+    *,
+    deadline_passed: bool,
+) -> StagePlan:
+    image, default_image = _image(job, stage, observed, settings)
+    config, digest = _stage_config(job, stage, artifacts, image)
+    attempts = observed.of_digest(stage, digest)
+    outcomes = tuple(derive_outcome(attempt) for attempt in attempts)
+    exhausted = _exhausted(job, outcomes)
+
+    def plan(
+        state: StageState,
+        reason: Reason,
+        message: str = "",
+        *,
+        start: int | None = None,
+        wake_at: datetime | None = None,
+    ) -> StagePlan:
+        begin = None
+        if start is not None:
+            begin = _start(job, stage, start, config, digest, default_image, settings)
+        return StagePlan(stage, state, reason, message, digest, attempts, outcomes, begin, wake_at)
+
+    success = next((o for o in reversed(outcomes) if o is not None and o.result is Result.SUCCEEDED), None)
+    if success is not None:
+        missed = _missed_gate(job, stage, success)
+        if missed is not None:
+            return plan(StageState.FAILED, Reason.GATE_NOT_MET, missed)
+        reused = success.report is not None and success.report.reused
+        return plan(StageState.REUSED if reused else StageState.SUCCEEDED, success.reason, success.message)
+
+    latest = attempts[-1] if attempts else None
+    outcome = outcomes[-1] if outcomes else None
+    left = tuple(pod for attempt in observed.of_stage(stage) for pod in attempt.live_pods)
+    forgiven = outcome is not None and not outcome.is_held_against(job.generation)
+    if outcome is not None and outcome.result is Result.FAIL and not forgiven and not job.spec.suspend:
+        return plan(StageState.FAILED, outcome.reason, outcome.message)
+    if job.spec.suspend:
+        if left:
+            message = f"{len(left)} pods have their grace period to write a checkpoint."
+            return plan(StageState.SUSPENDED, Reason.SUSPENDING, message)
+        return plan(StageState.SUSPENDED, Reason.SUSPENDED, "spec.suspend is true.")
+    if deadline_passed:
+        return plan(
+            StageState.FAILED,
+            Reason.DEADLINE_EXCEEDED,
+            f"The job was not done {job.spec.active_deadline_seconds} seconds after its start: raise "
+            "spec.activeDeadlineSeconds, then suspend and resume the job; it goes on from the last checkpoint.",
+        )
+
+    if latest is not None and outcome is None and latest.job is not None and not latest.job.deleting:
+        return _under_way(latest, plan)
+    number = 1 if latest is None else latest.number if outcome is None else latest.number + 1
+    if exhausted is not None:
+        return plan(StageState.FAILED, Reason.RETRIES_EXHAUSTED, exhausted)
+    if left or (latest is not None and latest.job is not None and latest.job.deleting):
+        what = outcome or Outcome(Result.RETRY, Reason.POD_DELETED, "The attempt's Job was deleted.")
+        message = f"{what.message} Attempt {number} begins when the last pod before it is gone."
+        return plan(StageState.RETRYING, what.reason, message)
+    if outcome is not None and not forgiven:
+        wait = _backoff(job, stage, number, outcomes, settings.retry)
+        due = (outcome.finished_at or now) + timedelta(seconds=wait)
+        if now < due:
+            message = f"{outcome.message} Attempt {number} follows."
+            return plan(StageState.RETRYING, outcome.reason, message, wake_at=due)
+        return plan(StageState.STARTING, outcome.reason, f"Attempt {number}: {outcome.message}", start=number)
+    return plan(StageState.STARTING, Reason.STARTING, f"Attempt {number} is being started.", start=number)
+
+
+def _under_way(latest: Attempt, plan: Any) -> StagePlan:
+    """The plan of a stage whose newest attempt has a Job and no end. Its ConfigMap and Service are kept complete."""
+    result: StagePlan
+    waiting = find_waiting(latest)
+    completions = latest.job.completions if latest.job else 1
+    running = sum(pod.running or pod.has_ended for pod in latest.pods)
+    if waiting is not None:
+        result = plan(StageState.STARTING, waiting.reason, waiting.message, start=latest.number)
+    elif running < completions:
+        message = f"Attempt {latest.number}: {running} of {completions} pods run."
+        result = plan(StageState.STARTING, Reason.STARTING, message, start=latest.number)
+    else:
+        message = f"Attempt {latest.number} runs on {completions} pod{'s' if completions > 1 else ''}."
+        result = plan(StageState.RUNNING, Reason.RUNNING, message, start=latest.number)
+    return result
+
+
+def _missed_gate(job: FineTuneJob, stage: str, success: Outcome) -> str | None:
+    """What is wrong with the tuned model by spec.evaluate.gate, or None."""
+    gate = job.spec.evaluate.gate
+    if stage != contract.EVALUATE or gate is None or success.report is None:
+        return None
+    base, tuned = (success.report.metrics.get(name) for name in ("baseLoss", "tunedLoss"))
+    most = gate.max_loss_ratio_to_base
+    if isinstance(base, (int, float)) and isinstance(tuned, (int, float)) and tuned <= most * base:
+        return None
+    return (
+        f"The tuned model's held-out loss is {tuned}, the base model's {base}, and "
+        f"spec.evaluate.gate.maxLossRatioToBase allows {most} times the base model's. Train longer or on better data, or change the gate."
+    )
+
+
+def _exhausted(job: FineTuneJob, outcomes: Sequence[Outcome | None]) -> str | None:
+    """The message of a stage that has used up its retries, or None."""
+    counted = [o for o in outcomes if o is not None and o.counts and o.is_held_against(job.generation)]
+    most = job.spec.retry_policy.max_retries
+    if len(counted) <= most:
+        return None
+    last = counted[-1]
+    tries = f"{len(counted)} counted attempts failed and retryPolicy.maxRetries is {most}"
+    return f"{tries}. Last cause, {last.reason}: {last.message}"
+
+
+def _backoff(
+    job: FineTuneJob, stage: str, number: int, outcomes: Sequence[Outcome | None], timing: RetryTiming
+) -> float:
+    """Seconds between the end of the last attempt and attempt `number`: doubled a cause of its kind, jitter added."""
+    last = outcomes[-1]
+    counts = last is not None and last.counts
+    same = sum(o is not None and o.is_held_against(job.generation) and o.counts == counts for o in outcomes)
+    first, longest = (
+        (timing.counted_first, timing.counted_longest) if counts else (timing.uncounted_first, timing.uncounted_longest)
+    )
+    wait = min(longest, first * 2.0 ** min(same - 1, 30))
+    spread = hashlib.sha256(f"{job.uid}/{stage}/{number}".encode()).digest()[0] / 255
+    return wait * (1 + JITTER * spread)
+
+
+def _start(
+    job: FineTuneJob, stage: str, number: int, config: StageConfig, digest: str, default_image: str, settings: Settings
+) -> Start:
+    """The attempt with its volatile fields filled in."""
+    name = child_name(job.name, stage, digest, number)
+    completions = job_parallelism(job).num_nodes if stage == contract.TRAIN else 1
+    secrets = {}
+    if stage == contract.PREPARE:
+        secrets = {key: f"{contract.SECRETS_PATH}/{key}" for key in secret_references(job)}
+    progress: Mapping[str, str] = {}
+    if settings.progress is not None:
+        progress = {
+            "url": settings.progress.url,
+            "tokenPath": f"{contract.PROGRESS_PATH}/token",
+            "caPath": f"{contract.PROGRESS_PATH}/ca.crt",
+        }
+    whole = StageConfig(
+        stage=stage,
+        image=config.image,
+        spec=config.spec,
+        inputs=config.inputs,
+        parallelism=config.parallelism,
+        output=contract.stage_output(job.namespace, job.name, stage, digest),
+        job={"namespace": job.namespace, "name": job.name, "uid": job.uid},
+        attempt=number,
+        workspace=contract.WORKSPACE_PATH,
+        secrets=secrets,
+        rendezvous=f"{name}-0.{name}:{contract.RENDEZVOUS_PORT}" if completions > 1 else "",
+        progress=progress,
+    )
+    return Start(
+        name=name, number=number, config=whole, digest=digest, completions=completions, default_image=default_image
+    )
+
+
+def secret_references(job: FineTuneJob) -> dict[str, tuple[str, str]]:
+    """Secrets that prepare reads: key of stage.json's `secrets` -> (Secret's name, key in it)."""
+    references = {
+        contract.MODEL_TOKEN_SECRET: job.spec.model.token_secret_ref,
+        contract.DATASET_TOKEN_SECRET: job.spec.dataset.token_secret_ref,
+    }
+    return {key: (ref.name, ref.key) for key, ref in references.items() if ref is not None}

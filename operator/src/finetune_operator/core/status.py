@@ -1,0 +1,408 @@
+"""derive_status: what the status says of a job, from its spec, its children and the pipeline. And the events of a change.
+
+Called by reconcile.py. The conditions are the truth; phase, stage, progress, eta, reason and message are derived from the
+same facts for people and read by nobody. The previous status gives transition times only. Pure: `now` is an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from finetune_operator.api.conditions import with_condition
+from finetune_operator.api.constants import (
+    STAGE_CONDITIONS,
+    STAGE_PHASES,
+    ConditionType,
+    Phase,
+    Reason,
+    StageState,
+)
+from finetune_operator.api.finetunejob import FineTuneJob
+from finetune_operator.api.status import (
+    MAX_ATTEMPTS,
+    Artifact,
+    Artifacts,
+    AttemptStatus,
+    Checkpoint,
+    Condition,
+    ConditionStatus,
+    EvaluationStatus,
+    FineTuneJobStatus,
+    PromptAnswers,
+    StageStatus,
+    TrainingStatus,
+)
+from finetune_operator.core.failure import Waiting
+from finetune_operator.core.observed import Observed
+from finetune_operator.core.records import Result
+from finetune_operator.core.stages import DONE, Pipeline, StagePlan, running_since
+from finetune_operator.core.times import UTC
+from finetune_trainer import contract
+from finetune_trainer.contract import ArtifactRef
+
+_WEIGHTS = {
+    contract.PREPARE: 5,
+    contract.COMPILE: 10,
+    contract.TRAIN: 75,
+    contract.CONSOLIDATE: 5,
+    contract.MERGE: 5,
+    contract.EVALUATE: 10,
+    contract.PUBLISH: 5,
+}
+"""Share of the work that a stage is taken for in `progress`."""
+
+MAX_ANSWER_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a running training last posted. `seconds_left` is estimated from its pace, None before that is known."""
+
+    stage: str
+    attempt: int
+    step: int
+    total_steps: int
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    checkpoint_step: int | None = None
+    checkpoint_time: datetime | None = None
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """The job's end, or the state it is in: the Succeeded condition in parts."""
+
+    status: ConditionStatus
+    reason: Reason
+    message: str
+
+
+def derive_status(
+    job: FineTuneJob,
+    observed: Observed,
+    pipeline: Pipeline,
+    now: datetime,
+    *,
+    problem: Waiting | None = None,
+    progress: Progress | None = None,
+) -> FineTuneJobStatus:
+    """The status of a job whose spec is valid. `problem` is what keeps the due stage from being started."""
+    conclusion = _conclude(observed, pipeline, problem)
+    before = job.status
+    finished = conclusion.status != "Unknown"
+    conditions: tuple[Condition, ...] = before.conditions
+    for kind, (status, reason, message) in _conditions(job, observed, pipeline, conclusion, problem).items():
+        conditions = with_condition(
+            conditions, kind, status, reason, message, observed_generation=job.generation, now=_whole_second(now)
+        )
+    current = pipeline.current
+    if progress is not None and not _is_of(progress, current):
+        progress = None
+    return FineTuneJobStatus(
+        observed_generation=job.generation,
+        conditions=conditions,
+        phase=_phase(job, pipeline, conclusion, problem),
+        stage=_stage_text(pipeline),
+        progress=_progress_text(pipeline, progress, conclusion),
+        eta=_eta_text(progress) if not finished else None,
+        reason=conclusion.reason,
+        message=conclusion.message,
+        start_time=_start_time(job, observed, pipeline, now, finished=finished, held=problem is not None),
+        completion_time=(before.completion_time or _whole_second(now)) if finished else None,
+        stages=tuple(_stage_status(stage, problem, current) for stage in pipeline.stages),
+        training=_training(pipeline, progress, before.training),
+        evaluation=_evaluation(pipeline),
+        attempts=tuple(_attempts(pipeline))[-MAX_ATTEMPTS:],
+        restarts=pipeline.restarts,
+        artifacts=_artifacts(pipeline),
+        trainable_parameters=_whole_number(_metrics(pipeline, contract.TRAIN).get("trainableParameters")),
+    )
+
+
+def refused_status(
+    job_status: FineTuneJobStatus, generation: int, reason: Reason, message: str, now: datetime
+) -> FineTuneJobStatus:
+    """The status of a job whose spec is wrong or asks for what is not available: at its end until the spec changes."""
+    conditions = job_status.conditions
+    rows: dict[ConditionType, tuple[ConditionStatus, Reason, str]] = {
+        ConditionType.SUCCEEDED: ("False", reason, message),
+        ConditionType.VALIDATED: ("False", reason, message),
+    }
+    for kind, (status, why, words) in rows.items():
+        conditions = with_condition(
+            conditions, kind, status, why, words, observed_generation=generation, now=_whole_second(now)
+        )
+    return job_status.model_copy(
+        update={
+            "observed_generation": generation,
+            "conditions": conditions,
+            "phase": str(Phase.FAILED),
+            "reason": str(reason),
+            "message": message,
+            "completion_time": job_status.completion_time or _whole_second(now),
+            "eta": None,
+        }
+    )
+
+
+def _is_of(progress: Progress, current: StagePlan | None) -> bool:
+    """True when what was posted is of the attempt that runs now."""
+    if current is None or current.start is None or current.name != progress.stage:
+        return False
+    return current.start.number == progress.attempt
+
+
+def _whole_second(moment: datetime) -> datetime:
+    """The moment as Kubernetes stores it: a status compared with what was read back must be equal."""
+    return moment.astimezone(UTC).replace(microsecond=0)
+
+
+def _conclude(observed: Observed, pipeline: Pipeline, problem: Waiting | None) -> Conclusion:
+    current = pipeline.current
+    if current is None:
+        return Conclusion("True", Reason.COMPLETED, "Every stage has its artifact.")
+    if current.state is StageState.FAILED:
+        message = f"Stage {current.name}: {current.message}"
+        # The end is said only when it is so: nothing of the job runs any more.
+        return Conclusion("Unknown" if observed.is_anything_live() else "False", current.reason, message)
+    if current.state is StageState.SUSPENDED:
+        return Conclusion("Unknown", current.reason, current.message)
+    if problem is not None:
+        return Conclusion("Unknown", problem.reason, f"Stage {current.name}: {problem.message}")
+    return Conclusion("Unknown", current.reason, f"Stage {current.name}: {current.message}")
+
+
+def _conditions(
+    job: FineTuneJob, observed: Observed, pipeline: Pipeline, conclusion: Conclusion, problem: Waiting | None
+) -> dict[ConditionType, tuple[ConditionStatus, Reason, str]]:
+    rows: dict[ConditionType, tuple[ConditionStatus, Reason, str]] = {
+        ConditionType.SUCCEEDED: (conclusion.status, conclusion.reason, conclusion.message),
+        ConditionType.VALIDATED: ("True", Reason.VALID, "Every check of the spec passed."),
+        ConditionType.STORAGE_READY: _storage(observed, problem),
+        ConditionType.SUSPENDED: _suspended(job, observed),
+    }
+    for stage in pipeline.stages:
+        rows[STAGE_CONDITIONS[stage.name]] = _stage_condition(stage)
+    return rows
+
+
+_STORAGE_REASONS = frozenset({Reason.CLAIM_MISSING, Reason.CLAIM_NOT_BOUND, Reason.SECRET_MISSING})
+
+
+def _storage(observed: Observed, problem: Waiting | None) -> tuple[ConditionStatus, Reason, str]:
+    if problem is not None and problem.reason in _STORAGE_REASONS:
+        return "False", problem.reason, problem.message
+    if observed.attempts or observed.claim is not None:
+        return "True", Reason.COMPLETED, "The workspace's claim and the Secrets that stages mount are there."
+    return "Unknown", Reason.PENDING, "Not looked for yet."
+
+
+def _suspended(job: FineTuneJob, observed: Observed) -> tuple[ConditionStatus, Reason, str]:
+    if not job.spec.suspend:
+        return "False", Reason.NOT_SUSPENDED, "spec.suspend is false."
+    if observed.is_anything_live():
+        return "False", Reason.SUSPENDING, "Pods of the job are still ending."
+    return "True", Reason.SUSPENDED, "spec.suspend is true and no pod of the job is left."
+
+
+def _stage_condition(stage: StagePlan) -> tuple[ConditionStatus, Reason, str]:
+    if stage.state in (StageState.SUCCEEDED, StageState.REUSED):
+        return "True", stage.reason, stage.message or f"Stage {stage.name} has its artifact."
+    status: ConditionStatus = "False" if stage.state in (StageState.FAILED, StageState.SKIPPED) else "Unknown"
+    return status, stage.reason, stage.message
+
+
+def _phase(job: FineTuneJob, pipeline: Pipeline, conclusion: Conclusion, problem: Waiting | None) -> str:
+    if conclusion.status != "Unknown":
+        return str(Phase.SUCCEEDED if conclusion.status == "True" else Phase.FAILED)
+    current = pipeline.current
+    if current is None or job.spec.suspend:
+        return str(Phase.SUSPENDED)
+    if current is pipeline.stages[0] and not current.attempts and (current.start is None or problem is not None):
+        return str(Phase.PENDING)
+    return str(STAGE_PHASES[current.name])
+
+
+def _shown(pipeline: Pipeline) -> list[StagePlan]:
+    return [stage for stage in pipeline.stages if stage.state is not StageState.SKIPPED]
+
+
+def _stage_text(pipeline: Pipeline) -> str:
+    shown = _shown(pipeline)
+    current = pipeline.current or shown[-1]
+    return f"{shown.index(current) + 1}/{len(shown)} {current.name}"
+
+
+def _progress_text(pipeline: Pipeline, progress: Progress | None, conclusion: Conclusion) -> str:
+    if conclusion.status == "True":
+        return "100%"
+    shown = _shown(pipeline)
+    done = sum(_WEIGHTS[stage.name] for stage in shown if stage.state in DONE)
+    if progress is not None and progress.total_steps > 0:
+        done += int(_WEIGHTS[progress.stage] * min(1.0, progress.step / progress.total_steps))
+    return f"{min(99, 100 * done // sum(_WEIGHTS[stage.name] for stage in shown))}%"
+
+
+def _eta_text(progress: Progress | None) -> str | None:
+    if progress is None or progress.seconds_left is None:
+        return None
+    minutes, seconds = divmod(int(progress.seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def _start_time(
+    job: FineTuneJob, observed: Observed, pipeline: Pipeline, now: datetime, *, finished: bool, held: bool
+) -> datetime | None:
+    if finished:
+        return job.status.start_time
+    if job.spec.suspend:
+        return None
+    since = running_since(job)
+    if since is not None:
+        return since
+    begun = bool(observed.attempts) or (not held and any(stage.start is not None for stage in pipeline.stages))
+    return _whole_second(now) if begun else None
+
+
+def _stage_status(stage: StagePlan, problem: Waiting | None, current: StagePlan | None) -> StageStatus:
+    latest, outcome = stage.latest, stage.latest_outcome
+    number = stage.start.number if stage.start is not None else (latest.number if latest else 0)
+    held = problem if problem is not None and stage is current and stage.is_new else None
+    shown = latest if latest is not None and latest.number == number else None
+    begun = shown.job.created_at if shown is not None and shown.job is not None else None
+    if begun is None and outcome is not None and shown is not None:
+        begun = outcome.started_at
+    ended = outcome.finished_at if outcome is not None and stage.state in (*DONE, StageState.FAILED) else None
+    artifact = None
+    if stage.success is not None and stage.success.report is not None:
+        artifact = _artifact(stage.success.report.artifacts.get(stage.name))
+    name = stage.start.name if stage.start is not None else (latest.name if latest is not None else None)
+    return StageStatus(
+        name=stage.name,
+        state=str(StageState.WAITING if held is not None else stage.state),
+        attempt=number if held is None else number - 1,
+        job_name=name if held is None else None,
+        start_time=begun,
+        completion_time=ended,
+        duration_seconds=_seconds(begun, ended),
+        input_digest=f"sha256:{stage.digest}" if stage.digest else None,
+        artifact=artifact,
+        reason=str(held.reason if held is not None else stage.reason),
+        message=(held.message if held is not None else stage.message) or None,
+        exit_code=outcome.exit_code if outcome is not None else None,
+    )
+
+
+def _seconds(begun: datetime | None, ended: datetime | None) -> int | None:
+    if begun is None or ended is None:
+        return None
+    return max(0, int((ended - begun) / timedelta(seconds=1)))
+
+
+def _artifact(ref: ArtifactRef | None) -> Artifact | None:
+    return None if ref is None else Artifact(path=ref.path, digest=ref.digest)
+
+
+def _artifacts(pipeline: Pipeline) -> Artifacts | None:
+    found = {}
+    for field, stage in (
+        ("adapter", contract.CONSOLIDATE),
+        ("model", contract.MERGE),
+        ("evaluation", contract.EVALUATE),
+    ):
+        report = _report(pipeline, stage)
+        if report is not None and stage in report.artifacts:
+            found[field] = _artifact(report.artifacts[stage])
+    return Artifacts(**found) if found else None
+
+
+def _report(pipeline: Pipeline, stage: str) -> contract.Report | None:
+    plan = next((plan for plan in pipeline.stages if plan.name == stage), None)
+    return plan.success.report if plan is not None and plan.success is not None else None
+
+
+def _metrics(pipeline: Pipeline, stage: str) -> dict[str, Any]:
+    report = _report(pipeline, stage)
+    return dict(report.metrics) if report is not None else {}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _whole_number(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _training(pipeline: Pipeline, progress: Progress | None, before: TrainingStatus | None) -> TrainingStatus | None:
+    """The report's figures when train is done, else what was last posted; that is kept until something newer comes."""
+    metrics = _metrics(pipeline, contract.TRAIN)
+    if metrics:
+        step = _whole_number(metrics.get("step"))
+        return TrainingStatus(
+            step=step,
+            total_steps=_whole_number(metrics.get("totalSteps")),
+            loss=_number(metrics.get("loss")),
+            tokens_per_second=_number(metrics.get("tokensPerSecond")),
+            last_checkpoint=Checkpoint(step=step) if step is not None else None,
+        )
+    if progress is not None and progress.stage == contract.TRAIN:
+        checkpoint = None
+        if progress.checkpoint_step is not None:
+            checkpoint = Checkpoint(step=progress.checkpoint_step, time=progress.checkpoint_time)
+        return TrainingStatus(
+            step=progress.step,
+            total_steps=progress.total_steps,
+            loss=progress.loss,
+            tokens_per_second=progress.tokens_per_second,
+            last_checkpoint=checkpoint,
+        )
+    train = next((plan for plan in pipeline.stages if plan.name == contract.TRAIN), None)
+    return before if train is not None and train.attempts else None
+
+
+def _evaluation(pipeline: Pipeline) -> EvaluationStatus | None:
+    metrics = _metrics(pipeline, contract.EVALUATE)
+    if not metrics:
+        return None
+    return EvaluationStatus(
+        base_loss=_number(metrics.get("baseLoss")),
+        tuned_loss=_number(metrics.get("tunedLoss")),
+        prompts=tuple(_answers(metrics.get("prompts"))),
+    )
+
+
+def _answers(value: Any) -> Iterator[PromptAnswers]:
+    for entry in value if isinstance(value, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
+            texts = {key: _cut(entry.get(key)) for key in ("expected", "base", "tuned")}
+            yield PromptAnswers(prompt=entry["prompt"][:MAX_ANSWER_LENGTH], **texts)
+
+
+def _cut(value: Any) -> str | None:
+    return value[:MAX_ANSWER_LENGTH] if isinstance(value, str) else None
+
+
+def _attempts(pipeline: Pipeline) -> Iterable[AttemptStatus]:
+    for stage in pipeline.stages:
+        for attempt, outcome in zip(stage.attempts, stage.outcomes, strict=True):
+            if outcome is None or outcome.result not in (Result.RETRY, Result.FAIL):
+                continue
+            yield AttemptStatus(
+                stage=stage.name,
+                attempt=attempt.number,
+                job_name=attempt.name or None,
+                end_time=outcome.finished_at,
+                reason=str(outcome.reason),
+                message=outcome.message[:4096],
+                exit_code=outcome.exit_code,
+                node=next((pod.node for pod in attempt.pods if pod.has_failed), None),
+                counted=outcome.counts,
+            )

@@ -1,0 +1,136 @@
+"""Triggers in: kopf watches FineTuneJobs and their children, and every event only wakes the work queue.
+
+The only module that imports kopf. Nothing is decided here, no state is kept but which of our own status writes need no
+answer, and kopf writes nothing: no finalizers, no annotations, no events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+import kopf
+
+from finetune_operator.api import constants
+from finetune_operator.config import OperatorConfig
+from finetune_operator.core import names
+from finetune_operator.core.settings import Settings
+from finetune_operator.kube.client import Client, connect
+from finetune_operator.reconcile import reconcile
+from finetune_operator.work_queue import Key, WorkQueue
+
+logger = logging.getLogger(__name__)
+
+CHILDREN = (("batch", "v1", "jobs"), ("", "v1", "pods"))
+"""Kinds whose events wake a job's reconcile. ConfigMaps and Services are read then, and not watched."""
+
+
+class Operator:
+    """What lives between start and stop of one operator process."""
+
+    def __init__(self, config: OperatorConfig) -> None:
+        self.config = config
+        self._settings: Settings = config.settings()
+        self._client: Client | None = None
+        self._queue: WorkQueue | None = None
+        self._written: dict[Key, str] = {}
+
+    async def start(self) -> None:
+        self._client = await connect()
+        self._queue = WorkQueue(self._process)
+
+    async def stop(self) -> None:
+        if self._queue is not None:
+            await self._queue.close()
+        if self._client is not None:
+            await self._client.close()
+
+    def job_changed(self, kind: str | None, namespace: str, name: str, version: str) -> None:
+        """A FineTuneJob was added, changed or deleted."""
+        key = (namespace, name)
+        if kind == "DELETED":
+            self._written.pop(key, None)
+        elif self._written.get(key) == version:
+            return  # the echo of our own status write
+        self._wake(key)
+
+    def child_changed(self, namespace: str, labels: Mapping[str, str]) -> None:
+        """A Job or pod of a FineTuneJob was added, changed or deleted."""
+        job_name = labels.get(constants.LABEL_JOB_NAME)
+        if job_name:
+            self._wake((namespace, job_name))
+
+    def _wake(self, key: Key) -> None:
+        if self._queue is not None:
+            self._queue.wake(key)
+
+    async def _process(self, key: Key) -> float | None:
+        if self._client is None:
+            raise RuntimeError("the operator was not started")
+        namespace, name = key
+        now = datetime.now(timezone.utc)  # noqa: TID251  the one place that reads the clock
+        done = await reconcile(self._client, namespace, name, self._settings, now, instance=self.config.pod_name)
+        if done.written_version is not None:
+            self._written[key] = done.written_version
+        return done.again_after
+
+
+def build_registry(operator: Operator) -> kopf.OperatorRegistry:
+    """The handlers of one operator; nothing is registered globally."""
+    registry = kopf.OperatorRegistry()
+
+    @kopf.on.startup(registry=registry)
+    async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
+        configure(settings)
+        await operator.start()
+
+    @kopf.on.cleanup(registry=registry)
+    async def stop(**_: Any) -> None:
+        await operator.stop()
+
+    @kopf.on.login(registry=registry)
+    def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
+        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+
+    @kopf.on.event(constants.GROUP, constants.VERSION, constants.PLURAL, registry=registry)
+    async def job_event(event: kopf.RawEvent, namespace: str | None, name: str, meta: kopf.Meta, **_: Any) -> None:
+        operator.job_changed(event["type"], namespace or "", name, str(meta.get("resourceVersion")))
+
+    async def child_event(namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
+        operator.child_changed(namespace or "", labels)
+
+    for group, version, plural in CHILDREN:
+        kopf.on.event(group, version, plural, registry=registry, id=f"{plural}_event")(child_event)
+    return registry
+
+
+def configure(settings: kopf.OperatorSettings) -> None:
+    """kopf only watches: it posts nothing, stores nothing, looks for no other kinds, and filters on the server."""
+    settings.posting.enabled = False
+    settings.posting.loggers = False
+    settings.peering.standalone = True
+    settings.scanning.disabled = True
+    settings.persistence.finalizer = f"{constants.ANNOTATION_KOPF_PREFIX}/kopf"
+    settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=constants.ANNOTATION_KOPF_PREFIX)
+    settings.watching.server_timeout = 600
+    settings.queueing.exit_timeout = 2
+    settings.networking.request_timeout = 30
+    for group, version, plural in CHILDREN:
+        settings.watching.label_selectors[group, version, plural] = names.managed_selector()
+
+
+def run(config: OperatorConfig) -> None:
+    """Run until a signal ends it. Blocks."""
+    operator = Operator(config)
+    asyncio.run(
+        kopf.operator(
+            registry=build_registry(operator),
+            standalone=True,
+            clusterwide=not config.watch_namespaces,
+            namespaces=config.watch_namespaces,
+            liveness_endpoint=f"http://0.0.0.0:{config.health_port}/healthz" if config.health_port else None,
+        )
+    )

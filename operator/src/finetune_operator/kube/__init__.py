@@ -1,0 +1,1 @@
+"""I/O with the Kubernetes API server. Decides nothing; the core does."""

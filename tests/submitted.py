@@ -1,0 +1,34 @@
+"""Submits FineTuneJobs to a real API server and waits for what their status says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import kube
+import kubelet
+from builders import job_body
+
+
+def submit(namespace: str, name: str = "tiny", **spec: Any) -> None:
+    body = job_body(name=name, **{"stages": kubelet.OVERRIDES, **spec})
+    kube.apply({**body, "metadata": {"name": name, "namespace": namespace}})
+
+
+def wait_for_job(
+    namespace: str, until: Callable[[kube.Object], Any], *, reason: str, name: str = "tiny", deadline: float = 30
+) -> kube.Object:
+    return kube.wait_for("ftj", name, "-n", namespace, until=until, deadline=deadline, reason=reason)
+
+
+def condition(job: kube.Object, kind: str) -> dict[str, Any]:
+    conditions = job.get("status", {}).get("conditions", [])
+    return next((each for each in conditions if each["type"] == kind), {})
+
+
+def stage(job: kube.Object, name: str) -> dict[str, Any]:
+    return next((each for each in job.get("status", {}).get("stages", []) if each["name"] == name), {})
+
+
+def has_phase(phase: str) -> Any:
+    return lambda job: job.get("status", {}).get("phase") == phase

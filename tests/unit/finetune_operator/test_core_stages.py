@@ -1,0 +1,210 @@
+"""The pipeline in the large: whole jobs walked through a simulated namespace."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from simulated import Simulation, successful_report
+
+from finetune_operator.api import constants
+from finetune_trainer.contract import ExitCode
+
+STAGES = ("prepare", "train", "consolidate", "merge", "evaluate")
+
+
+def states(simulation: Simulation) -> dict[str, str]:
+    return {each["name"]: each["state"] for each in simulation.body["status"]["stages"]}
+
+
+def walk(simulation: Simulation, *stages: str) -> None:
+    for stage in stages:
+        simulation.settle()
+        simulation.run_stage(stage)
+    simulation.settle()
+
+
+def test_a_job_walks_its_stages_one_after_another() -> None:
+    simulation = Simulation()
+    walk(simulation, *STAGES)
+    assert [name.split("-")[1] for name in simulation.created_jobs] == list(STAGES)
+    assert states(simulation) == dict.fromkeys(STAGES, "Succeeded")
+    assert simulation.body["status"]["phase"] == "Succeeded"
+    assert len(simulation.services) == 1
+
+
+def test_the_next_jobs_objects_are_asked_for_when_the_pods_have_ended_and_the_job_is_not_complete_yet() -> None:
+    simulation = Simulation()
+    simulation.settle()
+    simulation.run_stage("prepare")
+    _, desired = simulation.decide()
+    assert [manifest["kind"] for manifest in desired.manifests] == ["ConfigMap", "Service", "Job"]
+    assert [record.kind for record in desired.records] == ["Job"]
+
+
+def test_a_stage_waits_for_all_of_its_pods() -> None:
+    simulation = Simulation()
+    walk(simulation, "prepare")
+    first, _ = simulation.pods_of("train")
+    simulation.end_pod(first, 0, successful_report("train"))
+    simulation.settle()
+    assert len(simulation.jobs) == 2
+
+
+def test_switched_off_stages_are_skipped() -> None:
+    simulation = Simulation()
+    simulation.change(merge={"enabled": False}, evaluate={"enabled": False, "prompts": None})
+    walk(simulation, "prepare", "train", "consolidate")
+    assert states(simulation)["merge"] == "Skipped"
+    assert simulation.body["status"]["phase"] == "Succeeded"
+
+
+def test_a_users_error_fails_the_job_at_once() -> None:
+    simulation = Simulation()
+    simulation.settle()
+    simulation.fail_stage("prepare", ExitCode.USER_ERROR)
+    status = simulation.settle()
+    assert (status.phase, status.reason) == ("Failed", "UserError")
+    assert len(simulation.created_jobs) == 1
+
+
+def test_a_spec_corrected_after_a_failure_runs_again() -> None:
+    simulation = Simulation()
+    walk(simulation, "prepare")
+    simulation.fail_stage("train", ExitCode.USER_ERROR)
+    simulation.settle()
+    simulation.change(training={"learningRate": 0.0005})
+    status = simulation.settle()
+    assert status.phase == "Training"
+    assert states(simulation)["prepare"] == "Succeeded"
+    assert status.completion_time is None
+
+
+def test_the_same_spec_suspended_and_resumed_forgives_a_failure() -> None:
+    simulation = Simulation()
+    simulation.settle()
+    simulation.fail_stage("prepare", ExitCode.USER_ERROR)
+    simulation.settle()
+    simulation.change(suspend=True)
+    simulation.settle()
+    simulation.change(suspend=False)
+    status = simulation.settle()
+    assert status.phase == "Preparing"
+    assert simulation.created_jobs[-1].endswith("-2")
+
+
+def test_counted_failures_wait_longer_each_time_and_then_end_the_job() -> None:
+    simulation = Simulation()
+    simulation.change(retryPolicy={"maxRetries": 2})
+    simulation.settle()
+    for attempt, seconds in ((1, 10), (2, 20)):
+        simulation.fail_stage("prepare", ExitCode.RETRYABLE)
+        assert simulation.settle().stages[0].state == "Retrying"
+        assert simulation.settle(seconds - 1).stages[0].state == "Retrying"
+        assert simulation.settle(0.2 * seconds + 1).stages[0].attempt == attempt + 1
+    simulation.fail_stage("prepare", ExitCode.RETRYABLE)
+    status = simulation.settle()
+    assert (status.phase, status.reason) == ("Failed", "RetriesExhausted")
+    assert "maxRetries is 2" in (status.message or "")
+    assert status.restarts == 3
+
+
+def test_infrastructure_faults_use_up_no_retry() -> None:
+    simulation = Simulation()
+    simulation.change(retryPolicy={"maxRetries": 0})
+    walk(simulation, "prepare")
+    for _ in range(4):
+        simulation.fail_stage("train", ExitCode.INTERRUPTED)
+        simulation.settle()
+        simulation.settle(60)
+    assert simulation.body["status"]["phase"] == "Training"
+    assert simulation.body["status"]["restarts"] == 4
+    assert all(not attempt["counted"] for attempt in simulation.body["status"]["attempts"])
+
+
+def test_the_next_attempt_waits_for_the_last_pod_of_the_one_before() -> None:
+    simulation = Simulation()
+    walk(simulation, "prepare")
+    first, second = simulation.pods_of("train")
+    simulation.end_pod(first, ExitCode.RETRYABLE)
+    second["metadata"]["deletionTimestamp"] = "2026-01-02T03:09:05Z"
+    simulation.settle(600)
+    assert len(simulation.jobs) == 2
+    del simulation.pods[second["metadata"]["name"]]
+    simulation.settle()
+    assert simulation.created_jobs[-1].endswith("-2")
+
+
+def test_a_job_deleted_by_hand_is_made_again() -> None:
+    simulation = Simulation()
+    simulation.settle()
+    simulation.delete_job(simulation.created_jobs[0])
+    simulation.settle()
+    assert simulation.created_jobs == [simulation.created_jobs[0]] * 2
+
+
+def test_suspension_stops_the_running_stage_and_resume_goes_on_with_the_next_attempt() -> None:
+    simulation = Simulation()
+    walk(simulation, "prepare")
+    simulation.change(suspend=True)
+    status = simulation.settle()
+    assert status.phase == "Suspended"
+    assert [name for name in simulation.jobs if "train" in name] == []
+    simulation.change(suspend=False)
+    status = simulation.settle()
+    train = next(stage for stage in status.stages if stage.name == "train")
+    assert (train.state, train.attempt) == ("Starting", 2)
+    assert status.restarts == 0
+
+
+def test_a_change_under_suspension_runs_only_what_reads_it() -> None:
+    simulation = Simulation()
+    walk(simulation, "prepare", "train", "consolidate", "merge")
+    simulation.change(suspend=True)
+    simulation.settle()
+    simulation.change(suspend=False, evaluate={"maxNewTokens": 8})
+    simulation.settle()
+    assert [name.split("-")[1] for name in simulation.created_jobs] == [*STAGES, "evaluate"]
+    assert len([name for name in simulation.jobs if "evaluate" in name]) == 1, "the stale one is gone"
+
+
+def test_a_passed_deadline_stops_what_runs_and_then_fails() -> None:
+    simulation = Simulation()
+    simulation.change(activeDeadlineSeconds=60)
+    simulation.settle()
+    pipeline, _ = simulation.decide()
+    assert pipeline.wake_at == simulation.now + timedelta(seconds=60)
+    status = simulation.settle(61)
+    assert (status.phase, status.reason) == ("Failed", "DeadlineExceeded")
+    assert simulation.jobs == {}
+
+
+def test_an_upgrade_of_the_operator_leaves_a_started_stage_alone() -> None:
+    simulation = Simulation()
+    walk(simulation, "prepare")
+    simulation.settings = type(simulation.settings)(trainer_image="registry.example/finetune-trainer:new")
+    simulation.settle()
+    assert len(simulation.created_jobs) == 2
+    simulation.run_stage("train")
+    simulation.settle()
+    image = simulation.jobs[simulation.created_jobs[-1]]["spec"]["template"]["spec"]["containers"][0]["image"]
+    assert image == "registry.example/finetune-trainer:new"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "phase"),
+    [
+        pytest.param({"baseLoss": 2.0, "tunedLoss": 1.0}, "Succeeded", id="a better model passes"),
+        pytest.param({"baseLoss": 2.0, "tunedLoss": 2.1}, "Failed", id="a worse model fails"),
+        pytest.param({}, "Failed", id="no figures fail"),
+    ],
+)
+def test_the_gate_decides_by_the_losses(metrics: dict[str, float], phase: str) -> None:
+    simulation = Simulation()
+    simulation.change(evaluate={"gate": {"maxLossRatioToBase": 1.0}})
+    walk(simulation, *STAGES[:-1])
+    simulation.run_stage("evaluate", **metrics)
+    status = simulation.settle()
+    assert status.phase == phase
+    reason = next(each.reason for each in status.conditions if each.type == constants.ConditionType.EVALUATED)
+    assert reason == ("Completed" if phase == "Succeeded" else "GateNotMet")

@@ -1,0 +1,142 @@
+"""What the status and the events say at each moment of a job."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from simulated import START, Simulation
+
+from finetune_operator.api.constants import Reason
+from finetune_operator.api.status import FineTuneJobStatus
+from finetune_operator.core.events import derive_events
+from finetune_operator.core.failure import Waiting
+from finetune_operator.core.stages import derive_pipeline
+from finetune_operator.core.status import Progress, derive_status, refused_status
+from finetune_trainer.contract import ExitCode
+
+
+def conditions(status: FineTuneJobStatus) -> dict[str, tuple[str, str]]:
+    return {each.type: (each.status, each.reason) for each in status.conditions}
+
+
+def test_every_condition_is_there_from_the_first_reconcile_in_a_fixed_order() -> None:
+    status = Simulation().settle()
+    assert [each.type for each in status.conditions] == [
+        "Succeeded",
+        "Validated",
+        "StorageReady",
+        "Suspended",
+        "DataPrepared",
+        "Trained",
+        "Consolidated",
+        "Merged",
+        "Evaluated",
+    ]
+    assert conditions(status)["Succeeded"] == ("Unknown", "Starting")
+    assert status.phase == "Preparing"
+    assert status.stage == "1/5 prepare"
+
+
+def test_a_transition_time_moves_only_with_the_status() -> None:
+    simulation = Simulation()
+    first = simulation.settle()
+    second = simulation.settle(60)
+    assert second.conditions == first.conditions
+    simulation.run_stage("prepare")
+    third = {each.type: each.last_transition_time for each in simulation.settle(60).conditions}
+    assert third["DataPrepared"] == START + timedelta(seconds=120)
+    assert third["Succeeded"] == START
+
+
+def test_a_missing_claim_is_a_waiting_condition_and_no_failure() -> None:
+    simulation = Simulation()
+    job, observed = simulation.job, simulation.observe()
+    pipeline = derive_pipeline(job, observed, simulation.settings, START)
+    problem = Waiting(Reason.CLAIM_MISSING, "PersistentVolumeClaim workspace does not exist.")
+    status = derive_status(job, observed, pipeline, START, problem=problem)
+    assert conditions(status)["StorageReady"] == ("False", "ClaimMissing")
+    assert (status.phase, status.reason) == ("Pending", "ClaimMissing")
+    assert status.start_time is None
+    assert (status.stages[0].state, status.stages[0].attempt) == ("Waiting", 0)
+
+
+def test_progress_follows_what_the_training_posts() -> None:
+    simulation = Simulation()
+    simulation.settle()
+    simulation.run_stage("prepare")
+    simulation.settle()
+    job, observed = simulation.job, simulation.observe()
+    pipeline = derive_pipeline(job, observed, simulation.settings, simulation.now)
+    posted = Progress("train", 1, step=20, total_steps=40, loss=1.5, tokens_per_second=99.5, seconds_left=95)
+    status = derive_status(job, observed, pipeline, simulation.now, progress=posted)
+    assert status.training is not None
+    assert (status.training.step, status.training.loss, status.eta) == (20, 1.5, "1m35s")
+    assert status.progress == "42%"
+    old = derive_status(job, observed, pipeline, simulation.now, progress=Progress("train", 2, 30, 40))
+    assert old.training is None, "another attempt's post is not this one's"
+
+
+def test_a_refused_spec_is_at_its_end_until_it_changes() -> None:
+    status = refused_status(FineTuneJobStatus(), 3, Reason.INVALID_SPEC, "spec.x: wrong", START)
+    assert conditions(status) == {"Succeeded": ("False", "InvalidSpec"), "Validated": ("False", "InvalidSpec")}
+    assert status.completion_time == START
+    assert refused_status(status, 3, Reason.INVALID_SPEC, "spec.x: wrong", START + timedelta(hours=1)) == status
+
+
+def test_failed_is_said_when_nothing_runs_any_more() -> None:
+    simulation = Simulation()
+    simulation.settle()
+    simulation.run_stage("prepare")
+    simulation.settle()
+    first, second = simulation.pods_of("train")
+    simulation.end_pod(first, ExitCode.USER_ERROR)
+    status = simulation.settle()
+    assert conditions(status)["Succeeded"][0] == "Unknown"
+    assert conditions(status)["Trained"] == ("False", "UserError")
+    del simulation.pods[second["metadata"]["name"]]
+    assert conditions(simulation.settle())["Succeeded"] == ("False", "UserError")
+
+
+def test_events_tell_each_transition_once() -> None:
+    simulation = Simulation()
+    told: list[str] = []
+    before = FineTuneJobStatus()
+
+    def step(seconds: float = 0) -> None:
+        nonlocal before
+        after = simulation.settle(seconds)
+        told.extend(f"{event.reason}{'!' if event.warning else ''}" for event in derive_events(before, after))
+        assert derive_events(after, after) == ()
+        before = after
+
+    step()
+    simulation.run_stage("prepare")
+    step()
+    simulation.fail_stage("train", ExitCode.RETRYABLE)
+    step()
+    step(60)
+    simulation.change(suspend=True)
+    step()
+    simulation.change(suspend=False)
+    step()
+    for stage in ("train", "consolidate", "merge", "evaluate"):
+        simulation.run_stage(stage)
+        step()
+    assert told == [
+        "StageStarted",
+        "StageSucceeded",
+        "StageStarted",
+        "StageFailed!",
+        "AttemptRestarted",
+        "Suspended",
+        "AttemptRestarted",
+        "Resumed",
+        "StageSucceeded",
+        "StageStarted",
+        "StageSucceeded",
+        "StageStarted",
+        "StageSucceeded",
+        "StageStarted",
+        "StageSucceeded",
+        "Succeeded",
+    ]

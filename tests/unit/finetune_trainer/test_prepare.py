@@ -1,0 +1,342 @@
+"""prepare from its stage.json to its artifact, through the program's own entry."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from finetune_trainer import contract, stage
+from finetune_trainer.artifacts import ArtifactWriter, find_artifact, new_artifact, remove_artifact, verify_artifact
+from finetune_trainer.contract import ExitCode, StageConfig
+from finetune_trainer.rows import IGNORED, DocumentSpool, write_rows
+from finetune_trainer.tokenization import Encoder, load_tokenizer
+
+OUTPUT = "finetune/jobs/default/job/prepare-0123456789abcdef"
+LENGTH = 96
+
+
+def dolly(number: int) -> dict[str, str]:
+    context = f"Number {number} is big." if number % 3 == 0 else ""
+    return {"instruction": f"What is number {number}?", "context": context, "response": f"It is {number * 7}."}
+
+
+@pytest.fixture
+def base(workspace: Path, tiny_model: Path) -> Path:
+    (workspace / "data").mkdir()
+    shutil.copytree(tiny_model, workspace / "base")
+    write_records(workspace, [dolly(number) for number in range(60)])
+    return workspace
+
+
+def write_records(workspace: Path, records: list[Any], name: str = "train.jsonl") -> None:
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    (workspace / "data" / name).write_text("\n".join(lines) + "\n")
+
+
+def make_config(
+    workspace: Path, dataset: dict[str, Any] | None = None, training: dict[str, Any] | None = None
+) -> StageConfig:
+    data = {"source": "workspace:///data", "format": "dolly", "maxLength": LENGTH, "validationPercent": 10}
+    return StageConfig(
+        stage="prepare",
+        image="image",
+        spec={
+            "model": {"source": "workspace:///base", "revision": "main", "trustRemoteCode": False},
+            "dataset": {**data, **(dataset or {})},
+            "training": training or {"maxSteps": 20, "seed": 7},
+        },
+        output=OUTPUT,
+        parallelism={"globalBatchSize": 4},
+        workspace=str(workspace),
+    )
+
+
+def run(config: StageConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The report of the program `finetune-trainer prepare`."""
+    path = config.workspace_path / "stage.json"
+    path.write_text(json.dumps(config.as_json()))
+    monkeypatch.setenv(contract.TERMINATION_PATH_ENV, str(config.workspace_path / "termination"))
+    code = stage.main(["prepare", "--config", str(path)])
+    report: dict[str, Any] = json.loads((config.workspace_path / "termination").read_bytes())
+    assert code == report["exitCode"]
+    return report
+
+
+def documents(rows: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """(tokens, labels) of every document of a rows file, in the order of rows."""
+    found = []
+    for ids, labels, positions, segments in zip(*(rows[key] for key in KEYS), strict=True):
+        for segment in range(1, segments.max() + 1):
+            places = np.flatnonzero(segments == segment)
+            assert positions[places].tolist() == list(range(len(places)))
+            assert places.tolist() == list(range(places[0], places[-1] + 1))
+            found.append((ids[places].tolist(), labels[places].tolist()))
+        assert (labels[segments == 0] == IGNORED).all()
+        assert (positions[segments == 0] == 0).all()
+    return found
+
+
+KEYS = ("input_ids", "labels", "position_ids", "segment_ids")
+
+
+def test_the_artifact_holds_all_that_training_reads(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(base)
+    report = run(config, monkeypatch)
+    assert (report["exitCode"], report["reused"]) == (ExitCode.SUCCESS, False)
+    assert report["artifacts"].keys() == {"prepare", "model", "dataset"}
+    for ref in report["artifacts"].values():
+        verify_artifact(base / ref["path"], ref["digest"])
+
+    out = config.output_path
+    assert sorted(path.name for path in out.iterdir()) == [
+        "data.json", "manifest.json", "order.safetensors",
+        "rejected.jsonl", "rows.safetensors", "validation.safetensors",
+    ]  # fmt: skip
+    data = json.loads((out / "data.json").read_text())
+    rows, held_out = load_file(out / "rows.safetensors"), load_file(out / "validation.safetensors")
+    assert {key: (value.dtype, value.shape) for key, value in rows.items()} == {
+        key: (np.dtype("int32"), (data["rows"], LENGTH)) for key in KEYS
+    }
+    tokenizer = load_tokenizer(base / "base")
+    texts = [tokenizer.decode(tokens) for tokens, _ in documents(rows) + documents(held_out)]
+    expected = []
+    for record in map(dolly, range(60)):
+        context = f"### Context\n{record['context']}\n\n" if record["context"] else ""
+        expected.append(f"<s>### Instruction\n{record['instruction']}\n\n{context}### Answer\n{record['response']}</s>")
+    assert sorted(texts) == sorted(expected)
+    for tokens, labels in documents(rows):
+        learnt = [token for token in labels if token != IGNORED]
+        assert tokenizer.decode(learnt).startswith("It is ")
+        assert learnt == tokens[-len(learnt) :]
+        assert learnt[-1] == tokenizer.eos_token_id
+    assert len(documents(held_out)) == 6
+    assert data["supervisedTokens"] == (rows["labels"] != IGNORED).sum() == report["metrics"]["supervisedTokens"]
+    assert data["tokens"] == (rows["segment_ids"] > 0).sum()
+
+    order = load_file(out / "order.safetensors")["order"]
+    assert order.dtype == np.int32
+    assert order.shape == (20 * 4,)
+    assert sorted(order[: data["rows"]]) == list(range(data["rows"]))
+
+
+def test_the_same_stage_config_gives_the_same_bytes(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(base)
+    first = run(config, monkeypatch)
+    remove_artifact(config.output_path)
+    again = run(config, monkeypatch)
+    assert again["artifacts"] == first["artifacts"]
+    assert run(config, monkeypatch)["reused"] is True
+
+
+def test_a_lost_model_is_fetched_again_though_the_data_is_there(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(base)
+    first = run(config, monkeypatch)
+    remove_artifact(base / first["artifacts"]["model"]["path"])
+    again = run(config, monkeypatch)
+    assert again["reused"] is False
+    assert again["artifacts"] == first["artifacts"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "training", "expected"),
+    [
+        pytest.param({"packing": "none"}, None, {"rows": 54, "documents": 54, "maxSteps": 20}, id="a document a row"),
+        pytest.param(
+            {"packing": "none"}, {"epochs": 3}, {"maxSteps": 41, "epochs": 3.037037}, id="epochs become steps"
+        ),
+        pytest.param(
+            {"validationPercent": 0}, None, {"documents": 60, "validationDocuments": 0}, id="nothing held out"
+        ),
+    ],
+)
+def test_what_is_counted(
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dataset: dict[str, Any],
+    training: dict[str, Any] | None,
+    expected: dict[str, Any],
+) -> None:
+    metrics = run(make_config(base, dataset, training), monkeypatch)["metrics"]
+    assert {name: metrics[name] for name in expected} == expected
+
+
+def test_fewer_rows_than_a_batch_are_read_again(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_records(base, [dolly(1)])
+    config = make_config(base, {"validationPercent": 0}, {"maxSteps": 2})
+    assert run(config, monkeypatch)["metrics"]["rows"] == 1
+    assert load_file(config.output_path / "order.safetensors")["order"].tolist() == [0] * 8
+    assert load_file(config.output_path / "validation.safetensors")["input_ids"].shape == (0, LENGTH)
+
+
+def test_loss_on_all_learns_all_but_the_first_token(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(base, {"lossOn": "all"})
+    run(config, monkeypatch)
+    for tokens, labels in documents(load_file(config.output_path / "rows.safetensors")):
+        assert labels == [IGNORED, *tokens[1:]]
+
+
+LONG = {"instruction": "x", "response": "q" * 200}
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        pytest.param('{"instruction": ', "train.jsonl, line 61: no JSON", id="a broken line"),
+        pytest.param(
+            {"instruction": "x"}, "line 61, field 'response': missing; the record has instruction", id="no field"
+        ),
+        pytest.param(LONG, "line 61: 211 tokens, maxLength is 96", id="too long"),
+        pytest.param({"instruction": "x", "response": ["y"]}, "line 61, field 'response': expected text", id="a list"),
+    ],
+)
+def test_one_wrong_record_fails_the_stage_and_is_named(
+    base: Path, monkeypatch: pytest.MonkeyPatch, record: Any, words: str
+) -> None:
+    write_records(base, [*map(dolly, range(60)), record])
+    config = make_config(base)
+    report = run(config, monkeypatch)
+    assert (report["exitCode"], report["reason"]) == (ExitCode.USER_ERROR, "RecordsRejected")
+    assert words in report["message"]
+    assert find_artifact(config.output_path) is None
+    assert [path.name for path in config.output_path.parent.iterdir()] == []
+
+
+def test_ten_problems_are_listed_and_no_more(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_records(base, ["{"] * 30)
+    message = run(make_config(base), monkeypatch)["message"]
+    assert message.count("train.jsonl, line ") == 10
+
+
+def test_wrong_records_within_the_allowed_share_are_left_out_and_listed(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_records(base, [*map(dolly, range(97)), "{", LONG, {"instruction": 1}])
+    config = make_config(base, {"maxRejectedPercent": 3})
+    report = run(config, monkeypatch)
+    assert report["metrics"]["rejected"] == 3
+    assert report["metrics"]["documents"] + report["metrics"]["validationDocuments"] == 97
+    listed = [json.loads(line) for line in (config.output_path / "rejected.jsonl").read_text().splitlines()]
+    assert sorted(problem["line"] for problem in listed) == [98, 99, 100]
+    remove_artifact(config.output_path)
+    refused = run(make_config(base, {"maxRejectedPercent": 2.9}), monkeypatch)
+    assert "3 of 100 records cannot be used, maxRejectedPercent is 2.9" in refused["message"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "training", "reason", "words"),
+    [
+        pytest.param({"format": "chat"}, None, "InvalidStageConfig", "dataset.format is 'chat'", id="a later format"),
+        pytest.param({"packing": "wrapped"}, None, "InvalidStageConfig", "dataset.packing", id="a later packing"),
+        pytest.param({"lossOn": "some"}, None, "InvalidStageConfig", "dataset.lossOn", id="an unknown lossOn"),
+        pytest.param(
+            {"maxLength": True}, None, "InvalidStageConfig", "dataset.maxLength has the wrong type", id="a wrong type"
+        ),
+        pytest.param({"maxLength": 0}, None, "InvalidStageConfig", "dataset.maxLength is 0", id="no length"),
+        pytest.param({"format": None}, None, "InvalidStageConfig", "dataset.format is missing", id="no format"),
+        pytest.param({}, {"maxSteps": 1, "epochs": 1}, "InvalidStageConfig", "got 1 and 1", id="steps and epochs"),
+        pytest.param({}, {"seed": 1}, "InvalidStageConfig", "got None and None", id="neither steps nor epochs"),
+        pytest.param(
+            {"maxLength": 512}, None, "MaxLengthTooLong", "the model has 256 positions", id="longer than the model"
+        ),
+        pytest.param({"source": "workspace:///none"}, None, "SourceNotFound", "/none", id="no dataset"),
+        pytest.param({"files": "*.txt"}, None, "DatasetNotUsable", "fits no file", id="no such files"),
+    ],
+)
+def test_a_wrong_spec_is_a_user_error(
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dataset: dict[str, Any],
+    training: dict[str, Any] | None,
+    reason: str,
+    words: str,
+) -> None:
+    report = run(make_config(base, dataset, training), monkeypatch)
+    assert (report["exitCode"], report["reason"]) == (ExitCode.USER_ERROR, reason)
+    assert words in report["message"]
+
+
+def test_an_empty_dataset_is_a_user_error(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_records(base, [""])
+    assert run(make_config(base), monkeypatch)["reason"] == "NoDocuments"
+
+
+def test_a_tokenizer_of_another_model_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((base / "base" / "config.json").read_text()) | {"vocab_size": 50}
+    (base / "base" / "config.json").write_text(json.dumps(config))
+    report = run(make_config(base), monkeypatch)
+    assert report["reason"] == "TokenizerNotUsable"
+    assert "vocab_size is 50" in report["message"]
+
+
+def test_the_program_needs_no_home_no_torch_and_no_writable_root(base: Path, tmp_path: Path) -> None:
+    config = make_config(base)
+    (base / "stage.json").write_text(json.dumps(config.as_json()))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    environment = {
+        "PATH": os.environ["PATH"],
+        "TMPDIR": str(scratch),
+        contract.TERMINATION_PATH_ENV: str(tmp_path / "report"),
+    }
+    program = (
+        "import sys; from finetune_trainer import stage; stage.set_environment('prepare')\n"
+        f"code = stage.main(['prepare', '--config', {str(base / 'stage.json')!r}])\n"
+        "print('torch' in sys.modules, 'boto3' in sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=90, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False False"
+    assert done.stderr == ""
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.integers(2, 24), min_size=1, max_size=40), packing=st.sampled_from(["bestFit", "none"]))
+def test_rows_hold_every_token_once_and_in_order(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], packing: str
+) -> None:
+    from finetune_trainer.packing import pack_documents
+
+    folder = tmp_path_factory.mktemp("rows")
+    spool = DocumentSpool(folder)
+    contents, first = [], 10
+    for length in lengths:
+        contents.append(list(range(first, first + length)))
+        spool.add(contents[-1], learnt_from=1 + length // 3)
+        first += length
+    rows = pack_documents(packing, lengths, 24)
+    with new_artifact(folder / "x", "prepare") as writer:
+        assert isinstance(writer, ArtifactWriter)
+        write_rows(writer, "rows.safetensors", spool, rows, row_length=24, pad=3)
+    spool.close()
+    tensors = load_file(folder / "x" / "rows.safetensors")
+    found = documents(tensors)
+    assert [tokens for tokens, _ in found] == [contents[number] for row in rows for number in row]
+    for tokens, labels in found:
+        learnt_from = 1 + len(tokens) // 3
+        assert labels == [IGNORED] * learnt_from + tokens[learnt_from:]
+    assert (tensors["input_ids"][tensors["segment_ids"] == 0] == 3).all()
+
+
+def test_evaluation_sees_the_very_tokens_of_training(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune_trainer.formats import build_prompt
+
+    config = make_config(base, {"validationPercent": 0})
+    run(config, monkeypatch)
+    data = json.loads((config.output_path / "data.json").read_text())
+    encoder = Encoder(load_tokenizer(base / "base", trust_remote_code=data["trustRemoteCode"]))
+    (asked,) = encoder.encode_prompts([build_prompt(data["format"], "What is number 1?")])
+    trained = [tokens for tokens, _ in documents(load_file(config.output_path / "rows.safetensors"))]
+    assert sum(tokens[: len(asked)] == asked for tokens in trained) == 1

@@ -1,0 +1,80 @@
+"""Reading dataset files: every record with its line, every broken line said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune_trainer.errors import UserError
+from finetune_trainer.records import Broken, Record, read_records
+
+A, B = {"x": "é"}, {"x": "2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "expected"),
+    [
+        pytest.param("a.jsonl", '{"x":"é"}\n\n{"x":"2"}', [(1, A), (3, B)], id="lines, a blank one between"),
+        pytest.param("a.jsonl", '\ufeff{"x":"2"}\r\n', [(1, B)], id="lines with a byte order mark"),
+        pytest.param("a.jsonl", '{"x":"2"}\n{"x":\n[1]\n', [(1, B), (2, "no JSON"), (3, [1])], id="a broken line"),
+        pytest.param(
+            "a.jsonl", b'\xff\n{"x":"2"}\n', [(1, "no UTF-8 at byte 1"), (2, B)], id="a line that is no UTF-8"
+        ),
+        pytest.param("a.jsonl", "", [], id="an empty file"),
+        pytest.param("a.json", '[\n {"x":"é"},\n\n {"x":\n"2"}\n]\n', [(2, A), (4, B)], id="an array over lines"),
+        pytest.param("a.json", '[{"x":"é"},{"x":"2"}]', [(1, A), (1, B)], id="an array on one line"),
+        pytest.param("a.json", "[]", [], id="an empty array"),
+        pytest.param("a.json", '{"x":"é"}\n{"x":"2"}\n', [(1, A), (2, B)], id="lines in a .json file"),
+        pytest.param("a.csv", 'x\né\n"2"\n', [(2, A), (3, B)], id="comma separated"),
+        pytest.param(
+            "a.csv",
+            'x,y\n"a\nb",c\nd\ne,f\n',
+            [(2, {"x": "a\nb", "y": "c"}), (4, "1 fields, the header has 2"), (5, {"x": "e", "y": "f"})],
+            id="a field over two lines, a short line",
+        ),
+    ],
+)
+def test_text_files(tmp_path: Path, name: str, contents: str | bytes, expected: list[tuple[int, object]]) -> None:
+    path = tmp_path / name
+    path.write_bytes(contents.encode() if isinstance(contents, str) else contents)
+    found = list(read_records(path, name))
+    assert [(item.line, item.value if isinstance(item, Record) else "") for item in found] == [
+        (line, "" if isinstance(value, str) else value) for line, value in expected
+    ]
+    for item, (_, value) in zip(found, expected, strict=True):
+        if isinstance(item, Broken):
+            assert isinstance(value, str)
+            assert value in item.found
+
+
+def test_parquet_rows_are_records(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"x": ["é", "2"]}), tmp_path / "a.parquet")
+    assert list(read_records(tmp_path / "a.parquet", "a.parquet")) == [
+        Record("a.parquet", 1, A),
+        Record("a.parquet", 2, B),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "words"),
+    [
+        pytest.param("a.json", b'[\n{"x": 1},\n{"x" 2}]', "a.json, line 3, column 6: no JSON", id="a broken array"),
+        pytest.param("a.json", b"[1 2]", "line 1: expected ',' or ']'", id="no comma"),
+        pytest.param("a.json", b"[1]\nx", "more text after the array's end", id="text after the array"),
+        pytest.param("a.json", b"[\n\xff]", "line 2: no UTF-8", id="an array that is no UTF-8"),
+        pytest.param("a.csv", b"", "is empty", id="no header"),
+        pytest.param("a.csv", b'x\n"a', "line 2: no CSV", id="an open quote"),
+        pytest.param("a.parquet", b"PAR1", "no whole Parquet file", id="a cut parquet file"),
+        pytest.param("a.txt", b"x", "files of type '.txt' cannot be read", id="another type"),
+    ],
+)
+def test_a_file_that_is_not_of_its_type_is_refused(tmp_path: Path, name: str, contents: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(contents)
+    with pytest.raises(UserError) as caught:
+        list(read_records(tmp_path / name, name))
+    assert caught.value.reason == "DatasetNotReadable"
+    assert words in caught.value.message

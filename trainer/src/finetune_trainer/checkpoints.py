@@ -1,0 +1,333 @@
+"""Sharded checkpoints: what one rank writes, which checkpoint is the last whole one, and how its tensors are read.
+
+A checkpoint is an artifact (manifest.json last, renamed into place) of kind "checkpoint" in `step-<8 digits>/`:
+
+    rank-<5 digits>.safetensors   one a rank: disjoint slices of every trainable parameter and optimizer moment, and the
+                                  rank's own random states. `__metadata__` has the key "finetune" with JSON
+                                  {"version", "rank", "worldSize", "step",
+                                   "tensors": {key: {"name", "kind", "shape": [global], "offset": [...]}}}
+    state.json                    everything that is no tensor: step, rows consumed, identity of data, method and base
+                                  model, optimizer, scheduler, world size, names and shapes of the parameters
+
+Names are the ones that peft writes to adapter files (no adapter name in them), so consolidation is concatenation.
+The training loop writes and resumes with this module and consolidation reads with it; it knows no process group, no
+model library and no device, and never unpickles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_trainer.artifacts import FileEntry, Manifest, hash_file, remove_artifact, verify_artifact
+from finetune_trainer.contract import canonical_json
+from finetune_trainer.errors import CorruptArtifact
+from finetune_trainer.safetensors_stream import (
+    SafetensorsWriter,
+    TensorInfo,
+    TensorPlan,
+    TensorReader,
+    read_header,
+    some_names,
+)
+
+CHECKPOINT_KIND = "checkpoint"
+STATE_NAME = "state.json"
+FORMAT_VERSION = 1
+
+PARAMETER = "param"
+FIRST_MOMENT = "exp_avg"
+SECOND_MOMENT = "exp_avg_sq"
+RANDOM_STATE = "random"
+"""Kinds of tensors. A random state belongs to one rank; of the others the ranks hold disjoint slices."""
+
+_METADATA_KEY = "finetune"
+_FOLDER_PATTERN = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class LocalSlice:
+    """One slice as its rank holds it, ready to be written.
+
+    `shape` is the whole tensor's, `local_shape` the slice's, which begins at `offset`; `data` returns its bytes in C
+    order, and is called while the file is written so that slices on a device are copied one at a time.
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    data: Callable[[], bytes | bytearray | memoryview]
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind}/{self.name}"
+
+
+@dataclass(frozen=True)
+class StoredSlice:
+    """One slice of a checkpoint: rows `start` to `stop` of dimension 0 of the whole tensor, and where they lie."""
+
+    path: Path
+    rank: int
+    start: int
+    stop: int
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A whole tensor of a checkpoint; its slices, in the order of dimension 0, have exactly its bytes in turn."""
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    slices: tuple[StoredSlice, ...]
+
+    def chunks(self) -> Iterator[bytearray]:
+        """The tensor's bytes in C order, in pieces of bounded size."""
+        for part in self.slices:
+            with TensorReader(part.path) as reader:
+                yield from reader.chunks(part.info)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files, index and state agree. `tensors` by (kind, name), random states by (rank, name)."""
+
+    path: Path
+    step: int
+    world_size: int
+    digest: str
+    state: Mapping[str, Any]
+    tensors: Mapping[tuple[str, str], StoredTensor]
+    random_states: Mapping[tuple[int, str], StoredTensor]
+
+    def parameters(self) -> dict[str, StoredTensor]:
+        """The trainable parameters by name, sorted."""
+        return {name: self.tensors[kind, name] for kind, name in sorted(self.tensors) if kind == PARAMETER}
+
+    def read(self, kind: str, name: str) -> bytearray:
+        """All bytes of one tensor, put together from its slices."""
+        return bytearray(b"".join(self.tensors[kind, name].chunks()))
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A checkpoint that cannot be used, and why."""
+
+    path: Path
+    reason: str
+
+
+def rank_file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies under `root`."""
+    return root / f"step-{step:08d}"
+
+
+def slice_bounds(rows: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Rows of dimension 0 that `rank` writes: equal shares, or all for rank 0 where there are fewer rows than ranks."""
+    if rows < world_size:
+        return (0, rows) if rank == 0 else (0, 0)
+    return rank * rows // world_size, (rank + 1) * rows // world_size
+
+
+def write_rank_file(folder: Path, rank: int, world_size: int, step: int, slices: Sequence[LocalSlice]) -> FileEntry:
+    """Write this rank's file into `folder`, fsync it, and read it back from the volume.
+
+    Returns its entry for the manifest. CorruptArtifact when what was read back is not what was written.
+    """
+    path = folder / rank_file_name(rank)
+    header = {
+        "version": FORMAT_VERSION,
+        "rank": rank,
+        "worldSize": world_size,
+        "step": step,
+        "tensors": {
+            part.key: {"name": part.name, "kind": part.kind, "shape": list(part.shape), "offset": list(part.offset)}
+            for part in slices
+        },
+    }
+    plan = [TensorPlan(part.key, part.dtype, part.local_shape) for part in slices]
+    with SafetensorsWriter(path, plan, {_METADATA_KEY: canonical_json(header).decode()}) as writer:
+        for part in slices:
+            writer.write(part.key, [part.data()])
+    _drop_page_cache(path)
+    found = hash_file(path)
+    if found != writer.sha256:
+        raise CorruptArtifact(f"{path}: wrote sha256 {writer.sha256}, read back {found}: the volume damages data")
+    return FileEntry(path.name, writer.size, writer.sha256)
+
+
+def read_checkpoint(path: Path, *, contents: bool = True) -> Checkpoint:
+    """The checkpoint at `path`, verified: manifest, sizes, with `contents` each file's sha256, and that no rank's slice
+    is missing, foreign or doubled. CorruptArtifact names the file or tensor."""
+    manifest = verify_artifact(path, contents=contents)
+    if manifest.kind != CHECKPOINT_KIND:
+        raise CorruptArtifact(f"{path} is an artifact of kind {manifest.kind!r}, expected {CHECKPOINT_KIND!r}")
+    state = _read_state(path)
+    tensors, random_states = _index(path, manifest, state)
+    _check_parameters(path, state, tensors)
+    return Checkpoint(path, state["step"], state["worldSize"], manifest.digest, state, tensors, random_states)
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Folders under `root` named like checkpoints, newest step first, whole or not."""
+    if not root.is_dir():
+        return []
+    named = [entry for entry in root.iterdir() if _FOLDER_PATTERN.fullmatch(entry.name)]
+    return sorted(named, key=lambda entry: entry.name, reverse=True)
+
+
+def find_last_checkpoint(root: Path) -> tuple[Checkpoint | None, list[Damage]]:
+    """The newest checkpoint under `root` that verifies with its contents, and the newer ones that do not."""
+    damaged: list[Damage] = []
+    for path in list_checkpoints(root):
+        try:
+            return read_checkpoint(path), damaged
+        except CorruptArtifact as error:
+            damaged.append(Damage(path, error.message))
+    return None, damaged
+
+
+def remove_old_checkpoints(root: Path, keep: int) -> list[Path]:
+    """Remove all but the `keep` newest (at least one) checkpoints under `root`; returns the removed folders."""
+    removed = list_checkpoints(root)[max(1, keep) :]
+    for path in removed:
+        remove_artifact(path)
+    return removed
+
+
+def differences(expected: Any, found: Any, where: str = "") -> list[str]:
+    """One line for each field that differs between two JSON values: path, the job's value, the checkpoint's value."""
+    if isinstance(expected, Mapping) and isinstance(found, Mapping):
+        lines = []
+        for key in sorted({*expected, *found}):
+            path = f"{where}.{key}" if where else str(key)
+            lines += differences(expected.get(key), found.get(key), path)
+        return lines
+    if expected == found:
+        return []
+    return [f"{where}: the job has {json.dumps(expected)}, the checkpoint {json.dumps(found)}"]
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    file = path / STATE_NAME
+    try:
+        state = json.loads(file.read_bytes())
+        version, step, world_size = state["version"], state["step"], state["worldSize"]
+        names = state["parameters"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptArtifact(f"{file} is no checkpoint state: {type(error).__name__}: {error}") from error
+    if version != FORMAT_VERSION:
+        raise CorruptArtifact(f"{file} has version {version!r}, this trainer reads {FORMAT_VERSION}")
+    if not isinstance(step, int) or not isinstance(world_size, int) or not isinstance(names, dict):
+        raise CorruptArtifact(f"{file}: step {step!r}, worldSize {world_size!r} or its parameters have the wrong type")
+    return dict(state)
+
+
+def _index(
+    path: Path, manifest: Manifest, state: Mapping[str, Any]
+) -> tuple[dict[tuple[str, str], StoredTensor], dict[tuple[int, str], StoredTensor]]:
+    expected = {rank_file_name(rank) for rank in range(state["worldSize"])}
+    present = {entry.path for entry in manifest.files} - {STATE_NAME}
+    if expected != present:
+        missing, foreign = expected - present, present - expected
+        words = f"lacks {some_names(missing)}" if missing else f"has the foreign file {some_names(foreign)}"
+        raise CorruptArtifact(f"{path} was written by {state['worldSize']} ranks and {words}")
+    parts: dict[tuple[str, str], list[StoredSlice]] = {}
+    facts: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
+    random_states = {}
+    for rank in range(state["worldSize"]):
+        for name, kind, shape, part in _rank_slices(path / rank_file_name(rank), rank, state):
+            if kind == RANDOM_STATE:
+                random_states[rank, name] = StoredTensor(name, kind, part.info.dtype, shape, (part,))
+                continue
+            known = facts.setdefault((kind, name), (part.info.dtype, shape))
+            if known != (part.info.dtype, shape):
+                raise CorruptArtifact(
+                    f"{part.path}: {kind} of {name!r} is {part.info.dtype} {list(shape)}, "
+                    f"other ranks have {known[0]} {list(known[1])}"
+                )
+            parts.setdefault((kind, name), []).append(part)
+    tensors = {}
+    for (kind, name), found in parts.items():
+        dtype, shape = facts[kind, name]
+        ordered = tuple(sorted(found, key=lambda part: part.start))
+        _check_coverage(path, kind, name, shape, ordered)
+        tensors[kind, name] = StoredTensor(name, kind, dtype, shape, ordered)
+    return tensors, random_states
+
+
+def _rank_slices(
+    path: Path, rank: int, state: Mapping[str, Any]
+) -> Iterator[tuple[str, str, tuple[int, ...], StoredSlice]]:
+    header = read_header(path)
+    try:
+        layout = json.loads(header.metadata[_METADATA_KEY])
+        found = (layout["version"], layout["rank"], layout["worldSize"], layout["step"])
+        tensors = layout["tensors"]
+        wanted = (FORMAT_VERSION, rank, state["worldSize"], state["step"])
+        if found != wanted:
+            raise CorruptArtifact(
+                f"{path} says (version, rank, worldSize, step) = {found}, its checkpoint says {wanted}: "
+                "it belongs to another checkpoint"
+            )
+        if set(tensors) != set(header.tensors):
+            raise CorruptArtifact(f"{path}: the tensors in its layout and in its header are not the same")
+        for key, entry in tensors.items():
+            name, kind, shape, offset = entry["name"], entry["kind"], tuple(entry["shape"]), tuple(entry["offset"])
+            info = header.tensors[key]
+            if shape and (any(offset[1:]) or info.shape[1:] != shape[1:] or len(offset) != len(shape)):
+                raise CorruptArtifact(f"{path}: {key!r} is no range of dimension 0 of {list(shape)}: offset {offset}")
+            start = offset[0] if offset else 0
+            yield name, kind, shape, StoredSlice(path, rank, start, start + (info.shape[0] if info.shape else 1), info)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptArtifact(f"{path} has no layout of a checkpoint: {type(error).__name__}: {error}") from error
+
+
+def _check_coverage(path: Path, kind: str, name: str, shape: tuple[int, ...], parts: Sequence[StoredSlice]) -> None:
+    expected = 0
+    for part in parts:
+        if part.start != expected:
+            problem = "is missing" if part.start > expected else "is there twice"
+            raise CorruptArtifact(
+                f"{path}: row {min(expected, part.start)} of {kind} {name!r} {problem} (next is {part.path.name})"
+            )
+        expected = part.stop
+    rows = shape[0] if shape else 1
+    if expected != rows and 0 not in shape:
+        raise CorruptArtifact(f"{path}: {kind} {name!r} has {expected} rows in all its shards, expected {rows}")
+
+
+def _check_parameters(path: Path, state: Mapping[str, Any], tensors: Mapping[tuple[str, str], StoredTensor]) -> None:
+    for kind in sorted({PARAMETER} | {kind for kind, _ in tensors}):
+        found = {name: list(tensor.shape) for (of_kind, name), tensor in tensors.items() if of_kind == kind}
+        expected = {name: entry["shape"] for name, entry in state["parameters"].items()}
+        missing, foreign = expected.keys() - found.keys(), found.keys() - expected.keys()
+        if missing or foreign:
+            raise CorruptArtifact(
+                f"{path}: {kind} of {some_names(missing or foreign)} {'is missing' if missing else 'is foreign'}"
+            )
+        for name in sorted(expected):
+            if found[name] != expected[name]:
+                raise CorruptArtifact(f"{path}: {kind} of {name!r} has shape {found[name]}, expected {expected[name]}")
+
+
+def _drop_page_cache(path: Path) -> None:
+    """Make the next read come from the volume, as far as the system allows."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,118 @@
+"""Where a model folder of the hub's layout keeps its tensors: one model.safetensors, or shards with an index.
+
+Consolidation proves an adapter against these headers, merging walks them in order. Only headers are read here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_trainer.errors import CorruptArtifact, UserError
+from finetune_trainer.safetensors_stream import Header, TensorInfo, read_header, some_names
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
+
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".tflite"
+)  # fmt: skip
+_NOT_THE_MODEL = frozenset({"README.md"})
+"""A base's model card describes the base; a tuned model gets its own."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The shards of a model in the order of their names, and every tensor by name with its shard."""
+
+    folder: Path
+    shards: tuple[Header, ...]
+    tensors: Mapping[str, TensorInfo]
+    shard_of: Mapping[str, Header]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def read_model_files(folder: Path) -> ModelFiles:
+    """The headers of the model in `folder`.
+
+    UserError when it has no safetensors weights; CorruptArtifact when a shard is missing or damaged, when a tensor is
+    in two shards, or when the index and the shards do not say the same.
+    """
+    index_path = folder / INDEX_NAME
+    if index_path.is_file():
+        weight_map = _read_weight_map(index_path)
+        names = sorted(set(weight_map.values()))
+    elif (folder / SINGLE_NAME).is_file():
+        weight_map = None
+        names = [SINGLE_NAME]
+    else:
+        raise UserError(
+            "NoSafetensors",
+            f"{folder} has neither {INDEX_NAME} nor {SINGLE_NAME}: convert the model to safetensors first, "
+            "other weight formats can run code when they are read",
+        )
+    shards = tuple(read_header(folder / name) for name in names)
+    tensors: dict[str, TensorInfo] = {}
+    shard_of: dict[str, Header] = {}
+    for shard in shards:
+        for name, tensor in shard.tensors.items():
+            if name in shard_of:
+                raise CorruptArtifact(f"{folder}: {name!r} is in {shard_of[name].path.name} and in {shard.path.name}")
+            tensors[name] = tensor
+            shard_of[name] = shard
+    if weight_map is not None:
+        _check_index(index_path, weight_map, shard_of)
+    return ModelFiles(folder, shards, tensors, shard_of)
+
+
+def read_model_config(folder: Path) -> Mapping[str, Any]:
+    """config.json of the model; CorruptArtifact when it is missing or no JSON object."""
+    path = folder / CONFIG_NAME
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CorruptArtifact(f"{path} is missing: a model folder needs it beside its weights") from None
+    except ValueError as error:
+        raise CorruptArtifact(f"{path} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CorruptArtifact(f"{path} is no JSON object")
+    return value
+
+
+def is_companion_file(name: str) -> bool:
+    """True for what belongs beside a model's weights: configuration, tokenizer, code, licence. No subfolders."""
+    return not (name.startswith(".") or "/" in name or name in _NOT_THE_MODEL or name.endswith(_WEIGHT_SUFFIXES))
+
+
+def _read_weight_map(path: Path) -> Mapping[str, str]:
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptArtifact(f"{path} is no index with a weight_map: {type(error).__name__} {error}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptArtifact(f"{path}: its weight_map is no object with entries")
+    for tensor, file in weight_map.items():
+        # An index comes from outside: a name with a folder in it could point anywhere.
+        if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
+            raise CorruptArtifact(f"{path}: {tensor!r} is said to be in {file!r}, expected a *.safetensors beside it")
+    return weight_map
+
+
+def _check_index(path: Path, weight_map: Mapping[str, str], shard_of: Mapping[str, Header]) -> None:
+    missing = [name for name in weight_map if name not in shard_of]
+    if missing:
+        raise CorruptArtifact(f"{path} lists {some_names(missing)}, which no shard holds: download the model again")
+    unknown = [name for name in shard_of if name not in weight_map]
+    if unknown:
+        raise CorruptArtifact(f"{path} does not list {some_names(unknown)}, which the shards hold")
+    for name, file in weight_map.items():
+        if shard_of[name].path.name != file:
+            raise CorruptArtifact(f"{path} says {name!r} is in {file}, it is in {shard_of[name].path.name}")

@@ -1,0 +1,243 @@
+"""The evaluate stage: is the tuned model better than its base, on held-out rows and on the job's prompts?
+
+Reads inputs `model`, `prepare` and `consolidate`, and `merge` where it ran. Without it the tuned model is the base with
+its adapter, by peft; with it the merged model is measured, and its logits are held against that.
+Writes evaluation.json. A gate that is missed still leaves the whole artifact: the numbers are the answer.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune_trainer.artifacts import new_artifact, open_input
+from finetune_trainer.batches import open_validation_rows
+from finetune_trainer.contract import (
+    CONSOLIDATE,
+    EVALUATE,
+    MERGE,
+    MODEL_INPUT,
+    PREPARE,
+    ContractError,
+    Report,
+    StageConfig,
+    canonical_json,
+)
+from finetune_trainer.cpus import available_cpus
+from finetune_trainer.errors import UserError
+from finetune_trainer.evaluation import (
+    EncodedPrompt,
+    HeldOutLoss,
+    add_adapter,
+    answer_prompts,
+    check_lengths,
+    compare_logits,
+    load_model,
+    measure_loss,
+    pick_device,
+    sample_logits,
+)
+from finetune_trainer.formats import build_prompt
+from finetune_trainer.model_files import read_model_config
+from finetune_trainer.stage import finished_report, keep_report
+from finetune_trainer.tokenization import Encoder, load_tokenizer
+
+EVALUATION_NAME = "evaluation.json"
+DEFAULT_MAX_NEW_TOKENS = 64
+
+_REPORTED_PROMPTS = 3
+_REPORTED_CHARACTERS = 200
+_REPORTED_BYTES = 2800
+"""What metrics may take of the report's 4 KiB, which also holds the gate's message and the artifact."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One of evaluate.prompts; `expected` is None where there is nothing to compare with."""
+
+    text: str
+    context: str | None
+    expected: str | None
+
+
+@dataclass(frozen=True)
+class Args:
+    """spec.evaluate: answers have at most `max_new_tokens`; `max_loss_ratio` is the gate's, None without a gate."""
+
+    prompts: tuple[Prompt, ...]
+    max_new_tokens: int
+    max_loss_ratio: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model: held-out loss, None without held-out rows, and answers in the order of the prompts.
+
+    `logits` at the sampled positions are what the tuned model must have (on the base's side: with the adapter on it);
+    None where nothing was merged.
+    """
+
+    loss: HeldOutLoss | None
+    answers: list[str]
+    logits: torch.Tensor | None = None
+
+
+def parse_args(config: StageConfig) -> Args:
+    """Args of stage.json; ContractError names the field that is wrong."""
+    spec = config.spec.get("evaluate") or {}
+    prompts = []
+    for number, entry in enumerate(spec.get("prompts") or ()):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("text"), str):
+            raise ContractError(f"spec.evaluate.prompts[{number}] must have a text, got {entry!r}")
+        prompts.append(Prompt(entry["text"], entry.get("context"), entry.get("expected")))
+    max_new_tokens = spec.get("maxNewTokens") or DEFAULT_MAX_NEW_TOKENS
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ContractError(f"spec.evaluate.maxNewTokens is {max_new_tokens!r}, expected an integer of at least 1")
+    ratio = (spec.get("gate") or {}).get("maxLossRatioToBase")
+    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or ratio <= 0):
+        raise ContractError(f"spec.evaluate.gate.maxLossRatioToBase is {ratio!r}, expected a number above zero")
+    return Args(tuple(prompts), max_new_tokens, None if ratio is None else float(ratio))
+
+
+def run(config: StageConfig) -> Report:
+    """Evaluate; a missed gate is reported as EvalBelowThreshold (user error) beside the complete artifact."""
+    args = parse_args(config)
+    prepared = open_input(config, PREPARE)
+    data = json.loads((prepared / "data.json").read_bytes())
+    rows = open_validation_rows(prepared)
+    supervised = rows.supervised_in_all()
+    if args.max_loss_ratio is not None and not supervised:
+        raise UserError(
+            "NoHeldOutRows",
+            f"evaluate.gate.maxLossRatioToBase compares held-out losses, and prepare held out {len(rows.input_ids)} "
+            f"rows with {supervised} supervised tokens: raise dataset.validationPercent or drop the gate",
+        )
+    base = open_input(config, MODEL_INPUT)
+    merged = open_input(config, MERGE) if MERGE in config.inputs else None
+    adapter = open_input(config, CONSOLIDATE) if merged is None or CONSOLIDATE in config.inputs else None
+    remote_code = bool(data.get("trustRemoteCode"))
+    tokenizer = load_tokenizer(base, trust_remote_code=remote_code)
+    encoder = Encoder(tokenizer)
+    prompts = _encode(args, data["format"], encoder)
+    check_lengths(prompts, args.max_new_tokens, read_model_config(base).get("max_position_embeddings"))
+    device = pick_device()
+    torch.set_num_threads(available_cpus())
+    print(
+        f"{supervised} held-out tokens in {len(rows.input_ids)} rows and {len(prompts)} prompts on {device.type}; "
+        f"the tuned model is {'the merged one' if merged else 'the base with its adapter'}",
+        flush=True,
+    )
+
+    def measure(folder: Path, on_it: Path | None, added_after: Path | None) -> Measured:
+        model = load_model(folder, device, adapter=on_it, trust_remote_code=remote_code)
+        loss = measure_loss(model, rows)
+        answers = answer_prompts(model, prompts, encoder, tokenizer, args.max_new_tokens)
+        print(
+            f"{folder.name}: held-out loss {loss.loss if loss else 'not measured'}, {len(answers)} answers", flush=True
+        )
+        if merged is None or adapter is None:
+            return Measured(loss, answers)
+        model = add_adapter(model, added_after) if added_after else model
+        return Measured(loss, answers, sample_logits(model, rows, prompts))
+
+    of_base = measure(base, None, adapter)
+    gc.collect()  # one model in memory at a time; its modules refer to each other, so only the collector frees them
+    of_tuned = measure(merged, None, None) if merged else measure(base, adapter, None)
+    evaluation = compare(args, prompts, of_base, of_tuned)
+    for entry in evaluation["prompts"]:
+        print(json.dumps(entry, ensure_ascii=False), flush=True)
+    verdict = gate_verdict(args, evaluation)
+    with new_artifact(config.output_path, EVALUATE) as writer:
+        writer.write(EVALUATION_NAME, (json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n").encode())
+        keep_report(writer, summarize(evaluation), verdict=verdict)
+    if verdict is not None:
+        print(f"{verdict.reason}: {verdict.message}", flush=True)
+    return finished_report(config)
+
+
+def compare(args: Args, prompts: list[EncodedPrompt], base: Measured, tuned: Measured) -> dict[str, Any]:
+    """evaluation.json: both losses and perplexities, every prompt with both answers, the gate, the merge's proof."""
+    value: dict[str, Any] = {
+        "baseLoss": _rounded(base.loss.loss if base.loss else None),
+        "tunedLoss": _rounded(tuned.loss.loss if tuned.loss else None),
+        "basePerplexity": _rounded(base.loss.perplexity if base.loss else None),
+        "tunedPerplexity": _rounded(tuned.loss.perplexity if tuned.loss else None),
+        "tokens": base.loss.tokens if base.loss else 0,
+        "prompts": [
+            {
+                "prompt": encoded.text,
+                "expected": prompt.expected,
+                "base": of_base,
+                "tuned": of_tuned,
+                "baseExact": _is_exact(prompt, of_base),
+                "tunedExact": _is_exact(prompt, of_tuned),
+            }
+            for prompt, encoded, of_base, of_tuned in zip(
+                args.prompts, prompts, base.answers, tuned.answers, strict=True
+            )
+        ],
+    }
+    if base.loss is None or tuned.loss is None:
+        value["note"] = "no held-out tokens: dataset.validationPercent is 0 or too small, so no loss was measured"
+    elif args.max_loss_ratio is not None:
+        value["maxLossRatioToBase"] = args.max_loss_ratio
+        value["gatePassed"] = value["tunedLoss"] <= args.max_loss_ratio * value["baseLoss"]
+    if base.logits is not None and tuned.logits is not None:
+        difference, agreement = compare_logits(base.logits, tuned.logits)
+        value["mergedLogitDifference"] = float(f"{difference:.3g}")
+        value["mergedGreedyAgreement"] = round(agreement, 6)
+    return value
+
+
+def gate_verdict(args: Args, evaluation: Mapping[str, Any]) -> UserError | None:
+    """The reason to end the job here, naming metric, value and threshold; None when the gate is passed or absent."""
+    if evaluation.get("gatePassed", True):
+        return None
+    base, tuned = evaluation["baseLoss"], evaluation["tunedLoss"]
+    ratio = f"{tuned / base:.6g}" if base else "infinitely many"
+    return UserError(
+        "EvalBelowThreshold",
+        f"held-out loss {tuned} of the tuned model is {ratio} times the base model's {base}, and "
+        f"evaluate.gate.maxLossRatioToBase is {args.max_loss_ratio:.6g}: train longer, on better data, or change it",
+    )
+
+
+def summarize(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The report's metrics: all numbers, counts of exact answers, and as many of the first answers as fit."""
+    prompts = evaluation["prompts"]
+    metrics = {name: value for name, value in evaluation.items() if name != "prompts" and value is not None}
+    metrics["promptsAnswered"] = len(prompts)
+    for name in ("baseExact", "tunedExact"):
+        metrics[name] = sum(bool(entry[name]) for entry in prompts)
+    shown: list[dict[str, Any]] = []
+    for entry in prompts[:_REPORTED_PROMPTS]:
+        cut = {name: _cut(entry[name]) for name in ("prompt", "expected", "base", "tuned")}
+        if len(canonical_json({**metrics, "prompts": [*shown, cut]})) > _REPORTED_BYTES:
+            break
+        shown.append(cut)
+    return {**metrics, "prompts": shown} if shown else metrics
+
+
+def _encode(args: Args, format_name: str, encoder: Encoder) -> list[EncodedPrompt]:
+    texts = [build_prompt(format_name, prompt.text, prompt.context) for prompt in args.prompts]
+    tokens = encoder.encode_prompts(texts) if texts else []
+    return [EncodedPrompt(text, ids) for text, ids in zip(texts, tokens, strict=True)]
+
+
+def _is_exact(prompt: Prompt, found: str) -> bool | None:
+    return None if prompt.expected is None else found.strip() == prompt.expected.strip()
+
+
+def _rounded(value: float | None) -> float | None:
+    """Six decimals: the last digits of a sum depend on the processor, and an artifact's digest must not."""
+    return None if value is None else round(value, 6)
+
+
+def _cut(text: str | None) -> str | None:
+    return text if text is None or len(text) <= _REPORTED_CHARACTERS else text[: _REPORTED_CHARACTERS - 1] + "…"

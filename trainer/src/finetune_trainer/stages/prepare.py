@@ -1,0 +1,296 @@
+"""prepare: fetches the base model and the dataset, and decides everything about the data that training reads.
+
+Its artifact holds rows of a fixed length, labels and the order of rows, so that a training loop only reads rows n to m,
+whatever its backend and topology. Model and dataset are artifacts of their own that all jobs on the volume share.
+Nothing here loads weights or needs torch.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_trainer import formats, packing, rows
+from finetune_trainer.artifacts import artifact_ref, new_artifact
+from finetune_trainer.contract import (
+    DATASET_INPUT,
+    DATASET_TOKEN_SECRET,
+    DATASETS_FOLDER,
+    MODEL_INPUT,
+    MODEL_TOKEN_SECRET,
+    MODELS_FOLDER,
+    ContractError,
+    Report,
+    StageConfig,
+    canonical_json,
+)
+from finetune_trainer.documents import Collected, collect_documents
+from finetune_trainer.errors import UserError
+from finetune_trainer.rejections import Rejections
+from finetune_trainer.sources import open_source
+from finetune_trainer.sources.datasets import fetch_dataset
+from finetune_trainer.sources.models import fetch_model
+from finetune_trainer.stage import finished_report, keep_report
+from finetune_trainer.tokenization import Encoder, load_tokenizer
+
+DATA_FILE = "data.json"
+REJECTED_FILE = "rejected.jsonl"
+COMPLETION = "completion"
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Args:
+    """What prepare is asked for.
+
+    `max_length` is in tokens, and the length of a row; `validation_percent` and `max_rejected_percent` are shares of
+    all records; exactly one of `max_steps` and `epochs` is set; `global_batch_size` counts rows.
+    """
+
+    model_source: str
+    model_revision: str | None
+    trust_remote_code: bool
+    dataset_source: str
+    dataset_revision: str | None
+    split: str
+    configuration: str | None
+    files: str | list[str] | None
+    format: str
+    max_length: int
+    packing: str
+    loss_on: str
+    validation_percent: float
+    max_rejected_percent: float
+    max_steps: int | None
+    epochs: float | None
+    seed: int
+    global_batch_size: int
+
+
+def parse_args(config: StageConfig) -> Args:
+    """Args of stage.json; ContractError names the field that is missing or wrong."""
+    model, dataset, training = (_section(config.spec, name) for name in ("model", "dataset", "training"))
+    args = Args(
+        model_source=_field(model, "model.source", str),
+        model_revision=_field(model, "model.revision", str, None),
+        trust_remote_code=_field(model, "model.trustRemoteCode", bool, False),
+        dataset_source=_field(dataset, "dataset.source", str),
+        dataset_revision=_field(dataset, "dataset.revision", str, None),
+        split=_field(dataset, "dataset.split", str, "train"),
+        configuration=_field(dataset, "dataset.configuration", str, None),
+        files=_field(dataset, "dataset.files", (str, list), None),
+        format=_field(dataset, "dataset.format", str),
+        max_length=_field(dataset, "dataset.maxLength", int),
+        packing=_field(dataset, "dataset.packing", str, packing.BEST_FIT),
+        loss_on=_field(dataset, "dataset.lossOn", str, COMPLETION),
+        validation_percent=_field(dataset, "dataset.validationPercent", (int, float), 0),
+        max_rejected_percent=_field(dataset, "dataset.maxRejectedPercent", (int, float), 0),
+        max_steps=_field(training, "training.maxSteps", int, None),
+        epochs=_field(training, "training.epochs", (int, float), None),
+        seed=_field(training, "training.seed", int, 42),
+        global_batch_size=_field(config.parallelism, "parallelism.globalBatchSize", int),
+    )
+    for name, value, allowed in (
+        ("dataset.format", args.format, formats.FORMATS),
+        ("dataset.packing", args.packing, packing.PACKINGS),
+        ("dataset.lossOn", args.loss_on, (COMPLETION, ALL)),
+    ):
+        if value not in allowed:
+            raise ContractError(f"stage.json: spec.{name} is {value!r}, expected one of {', '.join(allowed)}")
+    if (args.max_steps is None) == (args.epochs is None):
+        raise ContractError(
+            f"stage.json: set either training.maxSteps or training.epochs, got {args.max_steps} and {args.epochs}"
+        )
+    for name, number in (
+        ("dataset.maxLength", args.max_length),
+        ("training.maxSteps", args.max_steps),
+        ("training.epochs", args.epochs),
+        ("globalBatchSize", args.global_batch_size),
+    ):
+        if number is not None and number <= 0:
+            raise ContractError(f"stage.json: {name} is {number}, it must be above 0")
+    return args
+
+
+def run(config: StageConfig) -> Report:
+    """Run prepare; see the module's docstring. Raises UserError, RetryableError, CorruptArtifact, ContractError."""
+    args = parse_args(config)
+    workspace = config.workspace_path
+    model = fetch_model(
+        open_source(
+            args.model_source,
+            repo_type="model",
+            revision=args.model_revision,
+            token_file=config.secrets.get(MODEL_TOKEN_SECRET),
+            workspace=workspace,
+        ),
+        root=workspace / MODELS_FOLDER,
+        trust_remote_code=args.trust_remote_code,
+    )
+    dataset = fetch_dataset(
+        open_source(
+            args.dataset_source,
+            repo_type="dataset",
+            revision=args.dataset_revision,
+            token_file=config.secrets.get(DATASET_TOKEN_SECRET),
+            workspace=workspace,
+        ),
+        root=workspace / DATASETS_FOLDER,
+        split=args.split,
+        configuration=args.configuration,
+        files=args.files,
+    )
+    artifacts = {MODEL_INPUT: artifact_ref(workspace, model), DATASET_INPUT: artifact_ref(workspace, dataset)}
+    encoder = Encoder(load_tokenizer(model, trust_remote_code=args.trust_remote_code))
+    _check_length(model, args.max_length)
+    spool = rows.DocumentSpool(config.output_path.parent)
+    try:
+        read = collect_documents(
+            dataset,
+            encoder,
+            spool,
+            format_name=args.format,
+            max_length=args.max_length,
+            learn_prompt=args.loss_on == ALL,
+            seed=args.seed,
+            rejections=Rejections(args.max_rejected_percent),
+        )
+        _check_vocabulary(model, spool.largest_token())
+        with new_artifact(config.output_path, config.stage) as writer:
+            plan = _plan(args, spool, read)
+            pad = encoder.pad_token_id
+            for name, some in ((rows.ROWS_FILE, plan.rows), (rows.VALIDATION_FILE, plan.validation_rows)):
+                rows.write_rows(writer, name, spool, some, row_length=args.max_length, pad=pad)
+            count = plan.steps * args.global_batch_size
+            rows.write_order(writer, packing.iterate_order(len(plan.rows), count, args.seed), count)
+            data = _describe(args, plan, encoder, read)
+            writer.write(DATA_FILE, canonical_json(data))
+            writer.write(REJECTED_FILE, read.rejections.as_lines())
+            writer.versions.update({name: importlib.metadata.version(name) for name in ("transformers", "tokenizers")})
+            keep_report(writer, _metrics(data), artifacts)
+    finally:
+        spool.close()
+    return finished_report(config)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Documents by row, for training and validation, and the job's number of optimizer steps."""
+
+    rows: list[list[int]]
+    validation_rows: list[list[int]]
+    steps: int
+    tokens: int
+    supervised: int
+    documents: int
+    validation_documents: int
+
+
+def _plan(args: Args, spool: rows.DocumentSpool, read: Collected) -> _Plan:
+    training, held_out = packing.split_validation(read.keys, args.validation_percent)
+    if not training:
+        raise UserError(
+            "NoDocuments",
+            f"validationPercent {args.validation_percent} of {len(spool)} documents leaves none to train on: lower it",
+        )
+    packed = _pack(args, spool, training)
+    steps = packing.count_steps(len(packed), args.global_batch_size, max_steps=args.max_steps, epochs=args.epochs)
+    plan = _Plan(
+        rows=packed,
+        validation_rows=_pack(args, spool, held_out),
+        steps=steps,
+        tokens=sum(spool.length(number) for number in training),
+        supervised=sum(spool.supervised(number) for number in training),
+        documents=len(training),
+        validation_documents=len(held_out),
+    )
+    print(
+        f"{plan.documents} documents of {plan.tokens} tokens, {plan.supervised} of them learnt, in {len(plan.rows)} "
+        f"rows of {args.max_length} ({100 * plan.tokens / (len(plan.rows) * args.max_length):.2f} % full); "
+        f"{plan.validation_documents} held out in {len(plan.validation_rows)} rows\n"
+        f"{steps} steps x {args.global_batch_size} rows = {steps * args.global_batch_size} rows, "
+        f"{steps * args.global_batch_size / len(plan.rows):.3f} epochs",
+        flush=True,
+    )
+    return plan
+
+
+def _pack(args: Args, spool: rows.DocumentSpool, numbers: list[int]) -> list[list[int]]:
+    lengths = [spool.length(number) for number in numbers]
+    packed = packing.pack_documents(args.packing, lengths, args.max_length)
+    return [[numbers[index] for index in row] for row in packed]
+
+
+def _describe(args: Args, plan: _Plan, encoder: Encoder, read: Collected) -> dict[str, Any]:
+    """data.json: what training and evaluation must know of the data besides the rows."""
+    return {
+        "format": args.format,
+        "packing": args.packing,
+        "lossOn": args.loss_on,
+        "seed": args.seed,
+        "rowLength": args.max_length,
+        "globalBatchSize": args.global_batch_size,
+        "maxSteps": plan.steps,
+        "epochs": round(plan.steps * args.global_batch_size / len(plan.rows), 6),
+        "rows": len(plan.rows),
+        "documents": plan.documents,
+        "tokens": plan.tokens,
+        "supervisedTokens": plan.supervised,
+        "validationRows": len(plan.validation_rows),
+        "validationDocuments": plan.validation_documents,
+        "records": read.records,
+        "rejected": len(read.rejections.problems),
+        "encodedInTwoParts": read.two_parts,
+        "eosTokenId": encoder.eos_token_id,
+        "padTokenId": encoder.pad_token_id,
+        "prefixTokenIds": encoder.prefix,
+        "trustRemoteCode": args.trust_remote_code,
+    }
+
+
+def _metrics(data: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("rows", "documents", "validationDocuments", "tokens", "supervisedTokens", "maxSteps", "epochs", "rejected")
+    return {name: data[name] for name in names}
+
+
+def _check_length(model: Path, max_length: int) -> None:
+    limit = json.loads((model / "config.json").read_bytes()).get("max_position_embeddings")
+    if isinstance(limit, int) and max_length > limit:
+        raise UserError(
+            "MaxLengthTooLong", f"spec.dataset.maxLength is {max_length}, the model has {limit} positions: lower it"
+        )
+
+
+def _check_vocabulary(model: Path, largest: int) -> None:
+    size = json.loads((model / "config.json").read_bytes()).get("vocab_size")
+    if isinstance(size, int) and largest >= size:
+        raise UserError(
+            "TokenizerNotUsable",
+            f"the tokenizer gave token {largest}, the model's vocab_size is {size}: the tokenizer is another model's",
+        )
+
+
+def _section(spec: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = spec.get(name)
+    if not isinstance(value, Mapping):
+        raise ContractError(f"stage.json: spec.{name} must be an object, got {value!r}")
+    return value
+
+
+_REQUIRED = object()
+
+
+def _field(section: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
+    """The value of `name`'s last part; null and absence mean the default."""
+    value = section.get(name.rsplit(".", 1)[-1])
+    if value is None:
+        if default is _REQUIRED:
+            raise ContractError(f"stage.json: {name} is missing")
+        return default
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ContractError(f"stage.json: {name} has the wrong type: {value!r}")
+    return value

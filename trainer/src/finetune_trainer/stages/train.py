@@ -1,0 +1,256 @@
+"""train: starts the ranks of this pod, waits for them, and says in one report how they ended.
+
+stage.py calls run() in every pod of the stage. This process is the launcher: it imports no torch, starts torchrun (or
+the one worker itself where there is only one in all), passes SIGTERM on to the workers, and turns the reports that they
+leave in the scratch folder into the pod's. Training is in train_worker.py and training.py.
+
+Every pod of a gang reports the same success, artifact and metrics included, since the ranks agree on them at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from finetune_trainer import contract
+from finetune_trainer.contract import ContractError, ExitCode, Report, StageConfig
+from finetune_trainer.cpus import available_cpus
+from finetune_trainer.stages.train_args import TrainArgs, parse_args
+
+WORKER_MODULE = "finetune_trainer.stages.train_worker"
+AGENT_MODULE = "finetune_trainer.stages.train_agent"
+CONFIG_NAME = "stage.json"
+
+_JOIN_SECONDS = 1800
+"""How long a pod waits for the others: another node may still be pulling the image."""
+_MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
+_ROUTES = Path("/proc/net/route")
+
+_SEVERITY = (
+    ExitCode.USER_ERROR,
+    ExitCode.CORRUPT_ARTIFACT,
+    ExitCode.OUT_OF_DEVICE_MEMORY,
+    ExitCode.OUT_OF_HOST_MEMORY,
+    ExitCode.BUG,
+    ExitCode.INTERRUPTED,
+    ExitCode.RETRYABLE,
+)
+"""Which of several ranks' failures is the pod's: causes before what they cause in the other ranks."""
+
+
+def run(config: StageConfig) -> Report:
+    """Train with this pod's ranks; ContractError when stage.json cannot describe a run."""
+    args = parse_args(config)
+    node_rank = int(os.environ.get(contract.NODE_RANK_ENV, "0"))
+    _print_arithmetic(config, args, node_rank)
+    scratch = Path(tempfile.mkdtemp(prefix="train-"))
+    try:
+        stage_json = scratch / CONFIG_NAME
+        stage_json.write_bytes(contract.canonical_json(config.as_json()))
+        launch = Launch(config, args, node_rank, scratch)
+        return launch.run()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def report_path(scratch: Path, rank: int) -> Path:
+    """Where the worker of `rank` leaves its report."""
+    return scratch / f"report-{rank:05d}.json"
+
+
+def started_path(scratch: Path, rank: int) -> Path:
+    """Where the worker of `rank` leaves its process id when it starts."""
+    return scratch / f"started-{rank:05d}"
+
+
+@dataclass
+class Launch:
+    """One start of this pod's ranks."""
+
+    config: StageConfig
+    args: TrainArgs
+    node_rank: int
+    scratch: Path
+    terminating: bool = False
+    process: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> Report:
+        """Start, wait, report. Nothing of the workers outlives this call."""
+        killed_before = _memory_kills()
+        with self._signals():
+            self.process = subprocess.Popen(self.command(), env=self.environment())
+            if self.terminating:
+                self.terminate()
+            code = self.process.wait()
+        reports = self._reports()
+        started = {int(path.name.rsplit("-", 1)[1]) for path in self.scratch.glob("started-*")}
+        return pod_report(
+            reports,
+            silent=sorted(started - reports.keys()),
+            expected=self.args.procs_per_node,
+            exit_code=code,
+            out_of_memory=_memory_kills() > killed_before,
+            terminated=self.terminating,
+            rendezvous=self.config.rendezvous,
+        )
+
+    def command(self) -> list[str]:
+        """torchrun's agent with c10d rendezvous, or the worker itself where it is the only one."""
+        files = ["--config", str(self.scratch / CONFIG_NAME), "--scratch", str(self.scratch)]
+        if self.args.world_size == 1:
+            return [sys.executable, "-m", WORKER_MODULE, *files]
+        # Each attempt has its own name, so a pod of the attempt before that still ends cannot join.
+        digest = contract.stage_digest(self.config)[:16]
+        run_id = f"{self.config.job.get('uid', 'local')}-{digest}-{self.config.attempt}"
+        return [
+            *(sys.executable, "-m", AGENT_MODULE),
+            *("--nodes", str(self.args.num_nodes)),
+            *("--procs-per-node", str(self.args.procs_per_node)),
+            *("--node-rank", str(self.node_rank)),
+            *("--endpoint", "localhost:0" if self.args.num_nodes == 1 else self.config.rendezvous),
+            *("--run-id", run_id),
+            *("--join-seconds", str(_JOIN_SECONDS)),
+            *files,
+        ]
+
+    def environment(self) -> dict[str, str]:
+        """The workers' environment; what is set already stays."""
+        defaults = {
+            "OMP_NUM_THREADS": str(max(1, available_cpus() // self.args.procs_per_node)),
+            # Threads that spin while they wait made steps 8 times slower where pods share processors.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "PYTHONUNBUFFERED": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            contract.NODE_RANK_ENV: str(self.node_rank),
+        }
+        if self.args.num_nodes > 1 and (interface := _interface_for_peers()):
+            defaults["GLOO_SOCKET_IFNAME"] = interface
+        return {**defaults, **os.environ}
+
+    def terminate(self) -> None:
+        """Ask every worker to write a checkpoint and end; torchrun itself where no worker runs yet.
+
+        torchrun is passed by because it gives its workers 30 s and then kills them.
+        """
+        self.terminating = True
+        pids = [int(path.read_text()) for path in self.scratch.glob("started-*")]
+        if not pids and self.process:
+            pids = [self.process.pid]
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGTERM)
+            except ProcessLookupError:
+                continue
+
+    def _reports(self) -> dict[int, Report]:
+        found = {}
+        for path in self.scratch.glob("report-*.json"):
+            rank = int(path.stem.rsplit("-", 1)[1])
+            found[rank] = contract.parse_report(path.read_bytes())
+        return found
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def handle(_signal: int, _frame: FrameType | None) -> None:
+            self.terminate()
+
+        before = signal.signal(signal.SIGTERM, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def pod_report(
+    reports: Mapping[int, Report],
+    *,
+    silent: Sequence[int],
+    expected: int,
+    exit_code: int,
+    out_of_memory: bool,
+    terminated: bool,
+    rendezvous: str,
+) -> Report:
+    """The pod's report from its ranks' reports. `silent` are ranks that started and left none."""
+    if len(reports) == expected and all(report.exit_code == ExitCode.SUCCESS for report in reports.values()):
+        return reports[min(reports)]
+    failures = [report for _, report in sorted(reports.items()) if report.exit_code != ExitCode.SUCCESS]
+    candidates = [*_unreported(silent, exit_code, out_of_memory, terminated, rendezvous, bool(reports)), *failures]
+    # min() keeps the first of equals: a rank that died here before those that lost it, then the lowest rank.
+    return min(candidates, key=lambda report: _SEVERITY.index(ExitCode(report.exit_code)))
+
+
+def _unreported(
+    silent: Sequence[int], exit_code: int, out_of_memory: bool, terminated: bool, rendezvous: str, reported: bool
+) -> list[Report]:
+    if silent and out_of_memory:
+        message = f"{_ranks(silent)} was killed because the container ran out of memory: raise the stage's memory limit"
+        return [Report(contract.TRAIN, ExitCode.OUT_OF_HOST_MEMORY, "OutOfHostMemory", message)]
+    if terminated and not reported:
+        message = "the pod was asked to stop (SIGTERM) before its first step: earlier checkpoints stay as they are"
+        return [Report(contract.TRAIN, ExitCode.INTERRUPTED, "Interrupted", message)]
+    if silent:
+        message = (
+            f"{_ranks(silent)} died without a word (exit status {exit_code}): see the log above, it will be retried"
+        )
+        return [Report(contract.TRAIN, ExitCode.RETRYABLE, "WorkerDied", message)]
+    if reported:
+        return []
+    place = f" at {rendezvous}" if rendezvous else ""
+    message = f"no rank was started (torchrun ended with {exit_code}): the pods did not meet{place}, see the log above"
+    return [Report(contract.TRAIN, ExitCode.RETRYABLE, "RendezvousFailed", message)]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(str(rank) for rank in ranks)
+
+
+def _print_arithmetic(config: StageConfig, args: TrainArgs, node_rank: int) -> None:
+    print(
+        f"node {node_rank} of {args.num_nodes}, attempt {config.attempt}: world {args.world_size} = {args.num_nodes} "
+        f"nodes x {args.procs_per_node}; global batch {args.global_batch_size} rows = micro batch {args.micro_batch_size} x "
+        f"accumulation {args.gradient_accumulation_steps} x data parallel {args.data_parallel_size}",
+        flush=True,
+    )
+    if args.num_nodes > 1 and not config.rendezvous:
+        raise ContractError(f"stage.json: rendezvous is empty and numNodes is {args.num_nodes}: give host:port")
+
+
+def _memory_kills() -> int:
+    """Processes of this container that the kernel killed for memory so far; 0 where it does not say."""
+    try:
+        lines = _MEMORY_EVENTS.read_text().splitlines()
+    except OSError:
+        return 0
+    counts: dict[str, Any] = dict(line.split() for line in lines)
+    return int(counts.get("oom_kill", 0))
+
+
+def _interface_for_peers(routes: Path = _ROUTES) -> str | None:
+    """The interface of the default route, where this host's own name leads nowhere but to itself.
+
+    gloo listens on the address of the host's name. In a pod that is the pod's address, and nothing need be set.
+    """
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        address = "127.0.0.1"
+    if not address.startswith("127."):
+        return None
+    try:
+        rows = [line.split() for line in routes.read_text().splitlines()[1:]]
+    except OSError:
+        return None
+    return next((row[0] for row in rows if len(row) > 1 and row[1] == "00000000"), None)

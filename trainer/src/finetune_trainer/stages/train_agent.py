@@ -1,0 +1,67 @@
+"""torchrun for one pod of train: its elastic agent, in a process that has imported what the ranks need.
+
+stages/train.py starts it with `python -m` and torchrun's own settings. torchrun starts each rank as a new interpreter,
+so a pod of one rank imports torch twice, one after the other; here the agent imports everything once, meets the other
+pods, and forks its ranks. It must touch no device and run no tensor, which would not survive the fork.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import peft  # noqa: F401
+import torch._dynamo  # noqa: F401
+import transformers.modeling_utils  # noqa: F401
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, launch_agent
+
+import finetune_trainer.backends.torch
+import finetune_trainer.training  # noqa: F401
+from finetune_trainer.stages import train_worker
+
+
+def main() -> int:
+    """Run the gang's share of this pod; 0 when every rank ended well. The ranks' reports say what happened."""
+    parser = argparse.ArgumentParser(description="The elastic agent of one pod of train.")
+    for name in ("nodes", "procs-per-node", "node-rank", "join-seconds"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    for name in ("endpoint", "run-id"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("config", "scratch"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    arguments = parser.parse_args()
+    launch = LaunchConfig(
+        min_nodes=arguments.nodes,
+        max_nodes=arguments.nodes,
+        nproc_per_node=arguments.procs_per_node,
+        run_id=arguments.run_id,
+        rdzv_backend="c10d",
+        rdzv_endpoint=arguments.endpoint,
+        rdzv_configs={
+            "is_host": arguments.node_rank == 0,
+            "timeout": arguments.join_seconds,
+            "join_timeout": arguments.join_seconds,
+            # The store's client waits this long for its host's name to resolve and its port to open.
+            "read_timeout": arguments.join_seconds,
+        },
+        max_restarts=0,
+        start_method="fork",
+    )
+    try:
+        launch_agent(launch, _rank, [str(arguments.config), str(arguments.scratch)])
+    except ChildFailedError:
+        return 1
+    return 0
+
+
+def _rank(config: str, scratch: str) -> None:
+    code = train_worker.main(["--config", config, "--scratch", scratch])
+    if code:
+        # A rank that lost its peers has threads that wait for them; it has nothing left to do.
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,458 @@
+"""The one training loop, for every backend: steps, loss, schedule, log, checkpoints, resume.
+
+stages/train_worker.py runs it in each rank. It drives a Backend and knows neither torch nor a device. Everything that
+decides the result is a function of the job and the step number: rows by prepare's order, dropout by (seed, step,
+chunk), so a run that was killed and resumed ends bit for bit where an uninterrupted one ends.
+
+The loss of a step is the sum over all supervised tokens of the global batch divided by their number, which every rank
+knows from the rows alone. Gradients of micro steps and ranks are summed, never averaged, so the gradient does not
+depend on how the batch is split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune_trainer.artifacts import new_artifact, remove_artifact
+from finetune_trainer.backends import Backend
+from finetune_trainer.batches import PreparedRows
+from finetune_trainer.checkpoints import (
+    CHECKPOINT_KIND,
+    FORMAT_VERSION,
+    STATE_NAME,
+    Checkpoint,
+    checkpoint_folder,
+    differences,
+    find_last_checkpoint,
+    read_checkpoint,
+    remove_old_checkpoints,
+    write_rank_file,
+)
+from finetune_trainer.contract import canonical_json
+from finetune_trainer.errors import Interrupted, UserError
+from finetune_trainer.progress import Progress
+
+LOG_NAME = "training.jsonl"
+TIMINGS_NAME = "timings.jsonl"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+_PACKING_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+"""Largest relative difference of a document's logits packed against alone: other shapes round differently."""
+_NEIGHBOUR_TOLERANCE = 1e-6
+"""The same against other neighbours: equal shapes, so equal but for a kernel that orders its sums freely."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The numbers of the run. Batch sizes count rows; `precision` is bf16 or fp32; `schedule` one of SCHEDULES.
+
+    `identity` is what a checkpoint must share with the job that resumes it, as JSON: data, base model, method, and of
+    the training fields those that change the result. Split of the batch and world size are no part of it.
+    """
+
+    total_steps: int
+    global_batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    max_gradient_norm: float
+    seed: int
+    precision: str
+    checkpoint_every_steps: int
+    keep_checkpoints: int
+    log_every_steps: int
+    identity: Mapping[str, Any]
+
+
+@dataclass
+class Timings:
+    """Seconds of this attempt by what they were spent on, and its tokens (all ranks)."""
+
+    step_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+    checkpoints: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step_seconds if self.step_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended: the final checkpoint's folder, the losses of the first and last log line, times."""
+
+    checkpoint: Path
+    first_loss: float
+    loss: float
+    timings: Timings
+
+
+@dataclass
+class _Window:
+    """Loss since the last log line, so that it survives a checkpoint between two lines."""
+
+    loss_sum: float = 0.0
+    supervised: int = 0
+    tokens: int = 0
+
+    def add(self, loss: float, supervised: int, tokens: int) -> None:
+        self.loss_sum += loss * supervised
+        self.supervised += supervised
+        self.tokens += tokens
+
+    def as_json(self) -> dict[str, Any]:
+        return {"lossSum": self.loss_sum, "supervisedTokens": self.supervised, "tokens": self.tokens}
+
+
+def learning_rate(plan: TrainingPlan, step: int) -> float:
+    """The rate of `step` (from 0): transformers' schedules of the same names, so that curves can be compared."""
+    if step < plan.warmup_steps:
+        return plan.learning_rate * step / plan.warmup_steps
+    left = max(1, plan.total_steps - plan.warmup_steps)
+    done = (step - plan.warmup_steps) / left
+    if plan.schedule == "linear":
+        return plan.learning_rate * max(0.0, 1.0 - done)
+    if plan.schedule == "cosine":
+        return plan.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+    if plan.schedule == "constant":
+        return plan.learning_rate
+    raise UserError(
+        "InvalidTraining", f"training.learningRateSchedule is {plan.schedule!r}: use one of {', '.join(SCHEDULES)}"
+    )
+
+
+def chunk_seed(seed: int, step: int, chunk: int) -> int:
+    """The seed of one micro batch's dropout: the same on whichever rank and in whichever attempt it runs."""
+    digest = hashlib.sha256(f"{seed}/{step}/{chunk}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def resume(backend: Backend, plan: TrainingPlan, root: Path) -> Checkpoint | None:
+    """Load the newest checkpoint under `root` that verifies into the built backend; None when there is none. All ranks.
+
+    Damaged newer ones are named in the log. UserError lists each field in which the checkpoint is another job's.
+    """
+    choice: tuple[str, str] | None = None
+    if backend.rank == 0:
+        found, damaged = find_last_checkpoint(root)
+        for damage in damaged:
+            print(f"checkpoint {damage.path.name} is damaged and not used: {damage.reason}", flush=True)
+        choice = (found.path.name, found.digest) if found else None
+    choice = backend.broadcast(choice)
+    if choice is None:
+        return None
+    name, digest = choice
+    checkpoint = read_checkpoint(root / name, contents=False)
+    if checkpoint.digest != digest:
+        raise UserError(
+            "CheckpointChanged", f"{root / name} changed while training started: is another job writing there?"
+        )
+    _check_identity(backend, plan, checkpoint)
+    backend.load(checkpoint)
+    if checkpoint.world_size != backend.world_size and backend.rank == 0:
+        print(
+            f"checkpoint {name} was written by {checkpoint.world_size} ranks, going on with {backend.world_size}: "
+            "the same batches, rounding may differ",
+            flush=True,
+        )
+    return checkpoint
+
+
+def check_packing(backend: Backend, plan: TrainingPlan, rows: PreparedRows, row: int) -> None:
+    """Prove on `row`, which holds several documents, that they do not see each other; UserError when they do."""
+    batch = rows.batch(np.array([row], dtype=np.int32))
+    try:
+        alone, neighbours = backend.packing_error(batch, 2)
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            "PackingNotSupported", f"the model cannot keep packed documents apart ({error}): set dataset.packing: none"
+        ) from error
+    limit = _PACKING_TOLERANCE[plan.precision]
+    if not (alone <= limit and neighbours <= _NEIGHBOUR_TOLERANCE):
+        raise UserError(
+            "PackingContaminates",
+            f"logits of the second document of row {row} differ by {alone:.2g} from the document alone (limit "
+            f"{limit:g}) and by {neighbours:.2g} with other neighbours (limit {_NEIGHBOUR_TOLERANCE:g}), relative to "
+            "the largest: the model's attention mixes packed documents, set dataset.packing: none",
+        )
+    if backend.rank == 0:
+        print(
+            f"packed documents do not see each other: {alone:.1e} against alone, {neighbours:.1e} with others",
+            flush=True,
+        )
+
+
+def train(
+    backend: Backend,
+    plan: TrainingPlan,
+    rows: PreparedRows,
+    work: Path,
+    start: Checkpoint | None,
+    progress: Progress,
+    *,
+    should_stop: Callable[[], bool],
+    attempt: int = 1,
+) -> Outcome:
+    """Train from `start` (already loaded) to the last step and leave its checkpoint under `work`. All ranks.
+
+    Interrupted when should_stop() was true on any rank: a checkpoint is written first. UserError when loss or gradient
+    is no finite number.
+    """
+    first = start.step if start else 0
+    window = _Window()
+    if start:
+        window = _Window(
+            start.state["window"]["lossSum"], start.state["window"]["supervisedTokens"], start.state["window"]["tokens"]
+        )
+    log = _Log(work, first, attempt) if backend.rank == 0 else None
+    run = _Run(backend, plan, rows, work / CHECKPOINTS_FOLDER, window, progress, log)
+    with _closing(log):
+        if backend.rank == 0:
+            progress.started(first)
+        saved = first if start else -1
+        for step in range(first, plan.total_steps):
+            stop = run.step(step, should_stop())
+            done = step + 1
+            last = done == plan.total_steps
+            if last or stop or done % plan.checkpoint_every_steps == 0:
+                run.save(done)
+                saved = done
+            if stop and not last:
+                raise Interrupted(
+                    "Interrupted",
+                    f"a pod of the training was asked to stop (SIGTERM): the checkpoint of step {done} of "
+                    f"{plan.total_steps} is written, the next attempt goes on from it",
+                )
+    first_loss, loss = backend.broadcast(_read_losses(work / LOG_NAME) if backend.rank == 0 else None)
+    return Outcome(checkpoint_folder(work / CHECKPOINTS_FOLDER, saved), first_loss, loss, run.timings)
+
+
+@dataclass
+class _Run:
+    """One attempt's state in one rank."""
+
+    backend: Backend
+    plan: TrainingPlan
+    rows: PreparedRows
+    root: Path
+    window: _Window
+    progress: Progress
+    log: _Log | None
+    timings: Timings = field(default_factory=Timings)
+    logged_at: tuple[float, int, int] = (0.0, 0, 0)
+
+    def step(self, step: int, stop: bool) -> bool:
+        """One optimizer step (numbered from 0). Returns whether any rank wants to stop."""
+        backend, plan = self.backend, self.plan
+        began = time.monotonic()
+        supervised, tokens = self.rows.supervised(step), self.rows.tokens(step)
+        if not supervised:
+            raise UserError(
+                "NothingSupervised",
+                f"no token of the global batch of step {step + 1} is supervised: raise dataset.maxLength or the batch",
+            )
+        chunks = self.rows.micro_batches(
+            step, plan.micro_batch_size, backend.data_parallel_rank, backend.data_parallel_size
+        )
+        for chunk, batch in chunks:
+            backend.micro_step(batch, 1.0 / supervised, chunk_seed(plan.seed, step, chunk))
+        loss, (stopping,) = backend.reduce([float(stop)])
+        rate = learning_rate(plan, step)
+        norm = backend.update(rate, plan.max_gradient_norm) if math.isfinite(loss) else math.nan
+        if not math.isfinite(norm):
+            raise UserError(
+                "LossNotFinite" if not math.isfinite(loss) else "GradientNotFinite",
+                f"step {step + 1} of {plan.total_steps}: loss {loss}, gradient norm {norm}, learning rate {rate:.3g}: "
+                "lower training.learningRate, raise warmupSteps, or use precision fp32; look at the rows of that step",
+            )
+        self.window.add(loss, supervised, tokens)
+        self.timings.step_seconds += time.monotonic() - began
+        self.timings.tokens += tokens
+        self.timings.steps += 1
+        done = step + 1
+        if done == 1 or done % plan.log_every_steps == 0 or done == plan.total_steps:
+            self._log(done, rate, norm)
+        return stopping > 0
+
+    def save(self, done: int) -> None:
+        """Write the checkpoint after `done` steps, then remove the oldest."""
+        began = time.monotonic()
+        if self.log:
+            self.log.sync()
+        state = self._state(done)
+        write_checkpoint(self.backend, self.root, done, state)
+        seconds = time.monotonic() - began
+        self.timings.checkpoint_seconds += seconds
+        self.timings.checkpoints += 1
+        if self.log:
+            remove_old_checkpoints(self.root, self.plan.keep_checkpoints)
+            self.progress.saved(done, seconds)
+
+    def _log(self, done: int, rate: float, norm: float) -> None:
+        window, self.window = self.window, _Window()
+        if not self.log:
+            return
+        line = {
+            "step": done,
+            "loss": window.loss_sum / window.supervised,
+            "learningRate": rate,
+            "gradientNorm": norm,
+            "tokens": window.tokens,
+            "supervisedTokens": window.supervised,
+        }
+        seconds, tokens, steps = self.logged_at
+        self.logged_at = (self.timings.step_seconds, self.timings.tokens, self.timings.steps)
+        spent = max(self.logged_at[0] - seconds, 1e-9)
+        per_step = spent / max(1, self.logged_at[2] - steps)
+        speed = (self.logged_at[1] - tokens) / spent
+        self.log.write(line, {"step": done, "seconds": round(spent, 6), "tokensPerSecond": round(speed, 1)})
+        left = (self.plan.total_steps - done) * per_step
+        self.progress.logged(done, line["loss"], rate, speed, left)
+
+    def _state(self, done: int) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "version": FORMAT_VERSION,
+            "step": done,
+            "totalSteps": plan.total_steps,
+            "rowsConsumed": done * plan.global_batch_size,
+            "globalBatchSize": plan.global_batch_size,
+            "microBatchSize": plan.micro_batch_size,
+            "worldSize": self.backend.world_size,
+            "seed": plan.seed,
+            "scheduler": {
+                "type": plan.schedule,
+                "learningRate": plan.learning_rate,
+                "warmupSteps": plan.warmup_steps,
+                "step": done,
+            },
+            "optimizer": {"type": "adamw", "step": done},
+            "identity": dict(plan.identity),
+            "window": self.window.as_json(),
+            "parameters": {
+                name: {"shape": list(facts.shape), "dtype": facts.dtype, "decays": facts.decays}
+                for name, facts in self.backend.parameters().items()
+            },
+        }
+
+
+def write_checkpoint(backend: Backend, root: Path, step: int, state: Mapping[str, Any]) -> None:
+    """Write and publish the checkpoint of `step` under `root`. All ranks.
+
+    Rank 0 makes the temporary folder, every rank writes and reads back its file there, rank 0 writes state.json and the
+    manifest last and renames. A kill at any moment leaves no folder of that name, or a whole one.
+    """
+    path = checkpoint_folder(root, step)
+    with ExitStack() as stack:
+        writer = None
+        if backend.rank == 0:
+            # What is here under this name did not verify, or training would have resumed from it.
+            remove_artifact(path)
+            writer = stack.enter_context(new_artifact(path, CHECKPOINT_KIND))
+        folder = root / backend.broadcast(writer.folder.name if writer else None)
+        entry = write_rank_file(folder, backend.rank, backend.world_size, step, backend.slices())
+        entries = backend.gather(entry)
+        if writer:
+            for written in entries:
+                writer.record(written.path, written.size, written.sha256)
+            writer.write(STATE_NAME, canonical_json(state))
+    # Nobody goes on before it is published: a peer that dies in the next step must find it complete.
+    backend.broadcast(None)
+
+
+class _Log:
+    """training.jsonl, a function of the job alone, and timings.jsonl, which keeps the times of every attempt.
+
+    Lines after the step that training starts from were written by an attempt that did not save them: they go.
+    """
+
+    def __init__(self, work: Path, first: int, attempt: int) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        self._attempt = attempt
+        path = work / LOG_NAME
+        kept = [line for line in _read_lines(path) if line["step"] <= first]
+        temporary = path.with_name(f".{LOG_NAME}.tmp")
+        temporary.write_bytes(b"".join(canonical_json(line) + b"\n" for line in kept))
+        temporary.replace(path)
+        self._lines = path.open("ab")
+        self._timings = (work / TIMINGS_NAME).open("ab")
+
+    def write(self, line: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+        self._lines.write(canonical_json(line) + b"\n")
+        self._lines.flush()
+        self._timings.write(canonical_json({"attempt": self._attempt, **timing}) + b"\n")
+        self._timings.flush()
+
+    def sync(self) -> None:
+        """Make the log durable, before a checkpoint that relies on it."""
+        os.fsync(self._lines.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._lines.close()
+        self._timings.close()
+
+
+def repeated_steps(work: Path, first: int) -> int:
+    """Steps, as far as the log knew them, that an earlier attempt did after step `first` and that are lost."""
+    known = [line["step"] for line in _read_lines(work / TIMINGS_NAME)]
+    return max(0, max(known, default=0) - first)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file; a last line that was cut by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for raw in path.read_bytes().split(b"\n"):
+        try:
+            value = json.loads(raw)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            lines.append(value)
+    return lines
+
+
+def _read_losses(path: Path) -> tuple[float, float]:
+    losses = [line["loss"] for line in _read_lines(path)]
+    return (losses[0], losses[-1]) if losses else (math.nan, math.nan)
+
+
+def _check_identity(backend: Backend, plan: TrainingPlan, checkpoint: Checkpoint) -> None:
+    own = {name: [list(facts.shape), facts.dtype] for name, facts in backend.parameters().items()}
+    stored = {name: [list(tensor.shape), tensor.dtype] for name, tensor in checkpoint.parameters().items()}
+    different = differences(plan.identity, checkpoint.state["identity"])
+    different += differences(own, stored, "parameters")
+    if different:
+        shown = "; ".join(different[:8]) + (f"; and {len(different) - 8} more" if len(different) > 8 else "")
+        raise UserError(
+            "CheckpointOfAnotherJob",
+            f"{checkpoint.path.name} cannot be resumed: {shown}. Restore those fields, or delete the checkpoints to "
+            "start over",
+        )
+
+
+@contextmanager
+def _closing(log: _Log | None) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if log:
+            log.close()
