@@ -171,7 +171,9 @@ def test_a_missing_claim_and_a_missing_key_are_waited_for(namespace: str, operat
 
 
 def test_pods_that_cannot_start_show_the_schedulers_words(namespace: str, operator: OperatorProcess) -> None:
+    """The test's claim has no volume, which the scheduler says first."""
     submit(namespace)
-    job = wait_for_job(namespace, has_reason("Unschedulable"), reason="the scheduler's words")
+    job = wait_for_job(namespace, has_reason("ClaimNotBound"), reason="the scheduler's words")
     assert "nodes are available" in job["status"]["message"]
     assert stage(job, STAGES[0])["state"] == "Starting"
+    assert condition(job, "StorageReady")["status"] == "False"

@@ -56,7 +56,9 @@ def test_a_job_walks_all_stages_and_tells_its_story(namespace: str, operator: Op
 
     wanted = {"StageStarted", "StageSucceeded", "Succeeded"}
     kube.eventually(lambda: reasons() == wanted, deadline=10, reason=f"the events {wanted}")
-    assert operator.peak_memory_mb() < MEMORY_LIMIT_MB
+    peak = operator.peak_memory_mb()
+    print(f"operator: peak memory {peak:.0f} MB")
+    assert peak < MEMORY_LIMIT_MB
 
 
 def test_an_operator_killed_in_every_stage_makes_no_second_job(namespace: str, operator: OperatorProcess) -> None:
@@ -89,7 +91,7 @@ def test_a_finished_job_is_left_alone_by_a_new_operator(namespace: str, operator
 def test_the_next_stage_is_handed_to_within_a_second(
     namespace: str, operator: OperatorProcess, record_property: Any
 ) -> None:
-    """Seconds from the end of a stage's last pod, as written, to the creation of the next stage's first pod, as seen."""
+    """Seconds from the end of a stage's last pod, as written, to the next stage's first pod, as seen."""
     seen: dict[str, float] = {}
 
     def watch() -> None:

@@ -14,6 +14,7 @@ NEEDED_EXACT = 8
 """Prompts of ten that the tuned model has to answer word for word; its base answers none of them."""
 WIDTH = 80
 _LABEL = 14
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def lines(job: Mapping[str, Any], evaluation: Mapping[str, Any], workspace: str) -> Iterator[str]:
@@ -36,7 +37,7 @@ def lines(job: Mapping[str, Any], evaluation: Mapping[str, Any], workspace: str)
         if artifacts.get(name):
             yield f"{label:<{_LABEL}} {workspace}/{artifacts[name]['path']}"
     stages = [stage for stage in status.get("stages") or () if stage.get("durationSeconds") is not None]
-    yield from _row("Stages", ", ".join(f"{stage['name']} {seconds(stage['durationSeconds'])}" for stage in stages))
+    yield from _row("Stages", *(f"{stage['name']} {seconds(stage['durationSeconds'])}" for stage in stages))
 
 
 def scores(evaluation: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -60,12 +61,14 @@ def check(evaluation: Mapping[str, Any]) -> None:
         )
 
 
-def _row(label: str, text: str) -> list[str]:
-    indent = " " * (_LABEL + 1)
-    return textwrap.wrap(
-        " ".join(text.split()) or "(nothing)",
+def _row(label: str, *texts: str) -> list[str]:
+    """`label` and `texts` behind it, wrapped; several texts are a list whose entries are not broken."""
+    one = texts[0].strip() if len(texts) == 1 else ", ".join(text.replace(" ", _NO_BREAK) for text in texts)
+    wrapped = textwrap.wrap(
+        one or "(nothing)",
         WIDTH,
         initial_indent=f"{label:<{_LABEL}} ",
-        subsequent_indent=indent,
+        subsequent_indent=" " * (_LABEL + 1),
         break_on_hyphens=False,
     )
+    return [line.replace(_NO_BREAK, " ") for line in wrapped]

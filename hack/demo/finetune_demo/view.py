@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-BAR_WIDTH = 20
+BAR_WIDTH = 12
 
 _SIGNS = {
     "Succeeded": ("✓", "green"),
@@ -107,12 +107,11 @@ def _stage_note(stage: Mapping[str, Any], training: Mapping[str, Any]) -> Render
     attempt = f"attempt {stage['attempt']}" if stage.get("attempt", 0) > 1 else ""
     if stage["name"] != "train" or not training.get("totalSteps") or stage["state"] in ("Waiting", "Skipped"):
         return Text(attempt)
-    text = training_text(training)
+    text = Text(" ".join(part for part in (training_text(training), attempt) if part), no_wrap=True)
     if stage["state"] != "Running":
-        return Text(" ".join(part for part in (text, attempt) if part))
+        return text
     line = Table.grid(padding=(0, 1))
-    bar = ProgressBar(total=training["totalSteps"], completed=training.get("step") or 0, width=BAR_WIDTH)
-    line.add_row(bar, Text(text), Text(attempt))
+    line.add_row(ProgressBar(total=training["totalSteps"], completed=training.get("step") or 0, width=BAR_WIDTH), text)
     return line
 
 
@@ -125,6 +124,9 @@ def training_text(training: Mapping[str, Any]) -> str:
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
     """One line for each thing that is new in the status `after`: stages that moved, and each tenth of the training."""
+    training = after.get("training") or {}
+    if training.get("totalSteps") and _tenth(training) > _tenth(before.get("training") or {}):
+        yield f"train: step {training_text(training)}"
     known = {stage["name"]: stage for stage in before.get("stages") or ()}
     for stage in after.get("stages") or ():
         earlier = known.get(stage["name"], {"state": "Waiting", "attempt": 0})
@@ -134,9 +136,6 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str
             again = f" (attempt {stage['attempt']})" if stage.get("attempt", 0) > 1 else ""
             why = f": {stage['message']}" if stage["state"] in ("Retrying", "Failed") and stage.get("message") else ""
             yield f"{stage['name']}: {stage['state']}{note}{again}{why}"
-    training = after.get("training") or {}
-    if training.get("totalSteps") and _tenth(training) > _tenth(before.get("training") or {}):
-        yield f"train: step {training_text(training)}"
     if after.get("reason") and after.get("reason") != before.get("reason") and not after.get("stages"):
         yield f"{after['reason']}: {after.get('message', '')}"
 

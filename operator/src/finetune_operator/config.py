@@ -1,6 +1,7 @@
-"""OperatorConfig: what the environment and the chart's files decide, read once at start. Frozen; nothing else reads env.
+"""OperatorConfig: what the environment and the chart's files decide, read once at start. Frozen.
 
-ConfigError says everything that is wrong at once. The core gets its part as Settings.
+Nothing else reads the environment. ConfigError says everything that is wrong at once. The core gets its part as
+Settings.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class OperatorConfig:
     progress_port: int = 8443
     tls_secret: str = ""
     health_port: int = 8080
-    retry: RetryTiming = RetryTiming()
+    retry: RetryTiming = field(default_factory=RetryTiming)
     stages: Mapping[str, StageDefaults] = field(default_factory=dict)
 
     def settings(self, progress_ca: str | None = None) -> Settings:
@@ -187,4 +188,4 @@ def _defaults(stage: str, entry: Mapping[str, Any], where: str, problems: list[s
 
 def _texts(pairs: Mapping[Any, Any]) -> dict[str, str]:
     """YAML may have read a quantity or a label's value as a number."""
-    return {str(name): str(value) for name, value in pairs.items()}
+    return {str(name): str(value).lower() if isinstance(value, bool) else str(value) for name, value in pairs.items()}

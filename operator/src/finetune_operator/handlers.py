@@ -18,7 +18,11 @@ from finetune_operator.api import constants
 from finetune_operator.config import OperatorConfig
 from finetune_operator.core import names
 from finetune_operator.core.settings import Settings
+from finetune_operator.health import HealthServer, WatchEchoes
 from finetune_operator.kube.client import Client, connect
+from finetune_operator.progress.certificates import keep_authority
+from finetune_operator.progress.senders import Senders
+from finetune_operator.progress.server import ProgressServer, ProgressStore, monotonic
 from finetune_operator.reconcile import reconcile
 from finetune_operator.work_queue import Key, WorkQueue
 
@@ -36,13 +40,41 @@ class Operator:
         self._settings: Settings = config.settings()
         self._client: Client | None = None
         self._queue: WorkQueue | None = None
+        self._progress: ProgressStore | None = None
+        self._server: ProgressServer | None = None
+        self._health = HealthServer(self.problems)
+        self._echoes = WatchEchoes(monotonic)
         self._written: dict[Key, str] = {}
 
     async def start(self) -> None:
         self._client = await connect()
         self._queue = WorkQueue(self._process)
+        if self.config.progress_url:
+            await self._serve_progress(self._client, self._queue)
+        if self.config.health_port:
+            await self._health.start(self.config.health_port)
+
+    def problems(self) -> list[str]:
+        """What shows that this process has frozen; empty while it works."""
+        stuck = [f"reconcile of {namespace}/{name} does not end" for namespace, name in self._stuck()]
+        deaf = [f"watch does not show our write of {namespace}/{name}" for namespace, name in self._echoes.overdue()]
+        return stuck + deaf
+
+    def _stuck(self) -> list[Key]:
+        return self._queue.stuck() if self._queue is not None else []
+
+    async def _serve_progress(self, client: Client, queue: WorkQueue) -> None:
+        config = self.config
+        authority = await keep_authority(client, config.namespace, config.tls_secret, _now())
+        self._progress = ProgressStore(queue.wake, monotonic)
+        self._server = ProgressServer(self._progress, Senders(client, monotonic), _now)
+        await self._server.start(authority, config.progress_url, config.progress_port)
+        self._settings = config.settings(authority.certificate.decode())
 
     async def stop(self) -> None:
+        await self._health.stop()
+        if self._server is not None:
+            await self._server.stop()
         if self._queue is not None:
             await self._queue.close()
         if self._client is not None:
@@ -51,8 +83,12 @@ class Operator:
     def job_changed(self, kind: str | None, namespace: str, name: str, version: str) -> None:
         """A FineTuneJob was added, changed or deleted."""
         key = (namespace, name)
+        self._echoes.seen(key)
         if kind == "DELETED":
+            self._echoes.forget(key)
             self._written.pop(key, None)
+            if self._progress is not None:
+                self._progress.forget(key)
         elif self._written.get(key) == version:
             return  # the echo of our own status write
         self._wake(key)
@@ -71,18 +107,26 @@ class Operator:
         if self._client is None:
             raise RuntimeError("the operator was not started")
         namespace, name = key
-        now = datetime.now(timezone.utc)  # noqa: TID251  the one place that reads the clock
-        done = await reconcile(self._client, namespace, name, self._settings, now, instance=self.config.pod_name)
+        begun = monotonic()
+        progress = self._progress.find(key) if self._progress is not None else None
+        done = await reconcile(
+            self._client, namespace, name, self._settings, _now(), progress=progress, instance=self.config.pod_name
+        )
         if done.written_version is not None:
             self._written[key] = done.written_version
+            self._echoes.written(key, begun)
         return done.again_after
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)  # noqa: TID251  the one place that reads the clock
 
 
 def build_registry(operator: Operator) -> kopf.OperatorRegistry:
     """The handlers of one operator; nothing is registered globally."""
     registry = kopf.OperatorRegistry()
 
-    @kopf.on.startup(registry=registry)
+    @kopf.on.startup(registry=registry, backoff=5)
     async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
         configure(settings)
         await operator.start()
@@ -131,6 +175,5 @@ def run(config: OperatorConfig) -> None:
             standalone=True,
             clusterwide=not config.watch_namespaces,
             namespaces=config.watch_namespaces,
-            liveness_endpoint=f"http://0.0.0.0:{config.health_port}/healthz" if config.health_port else None,
         )
     )

@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 RECHECK_SECONDS = 5.0
 """How often a missing claim or Secret, or a taken name, is looked at again: they are not watched."""
 
+RESYNC_SECONDS = 60.0
+"""How often a job under way is looked at without an event: a watch begun anew does not tell of what went away."""
+
 
 @dataclass(frozen=True)
 class Done:
@@ -132,8 +135,10 @@ def _again_after(
         expiry = _expiry(job, status.completion_time)
         if expiry is not None:
             moments.append(seconds_until(expiry, now))
-    elif pipeline.wake_at is not None:
-        moments.append(seconds_until(pipeline.wake_at, now))
+    else:
+        moments.append(RESYNC_SECONDS)
+        if pipeline.wake_at is not None:
+            moments.append(seconds_until(pipeline.wake_at, now))
     if problem is not None:
         moments.append(RECHECK_SECONDS)
     return min(moments, default=None)

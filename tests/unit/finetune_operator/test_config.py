@@ -52,7 +52,7 @@ merge:
     train = settings.of("train")
     assert dict(train.requests) == {"cpu": "2"}
     assert dict(train.limits) == {"memory": "8Gi"}
-    assert train.node_selector == {"fast": "True"}
+    assert train.node_selector == {"fast": "true"}
     assert train.env == {"OMP_NUM_THREADS": "4"}
     assert train.termination_grace_seconds == 600
     assert settings.of("merge").image == "registry.example/other:1"

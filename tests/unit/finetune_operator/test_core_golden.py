@@ -1,4 +1,4 @@
-"""Every manifest that a runnable example's job is made of, as files that a review reads. `make golden` rewrites them."""
+"""Every manifest that a job is made of, as files that a review reads. `make golden` rewrites them."""
 
 from __future__ import annotations
 

@@ -85,9 +85,7 @@ def test_a_changed_object_is_another_artifact(s3: Any, workspace: Path, tiny_mod
     assert fetch(workspace) != first
 
 
-def test_a_listing_of_many_pages_is_read_to_its_end(
-    s3: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_listing_of_many_pages_is_read_to_its_end(s3: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(7):
         s3.put_object(Bucket="models", Key=f"data/train/{number}.jsonl", Body=b"")
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")

@@ -123,17 +123,24 @@ def test_the_report_of_a_pod_follows_from_those_of_its_ranks(
     assert (report.exit_code, report.reason) == expected
 
 
-def test_several_ranks_meet_through_torchrun_under_a_name_of_this_attempt(
+def test_several_ranks_meet_under_a_name_of_this_attempt_at_the_host_of_node_0(
     workspace: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     config = train_config(workspace, tiny_model, nodes=2, rendezvous="j-train-0.j-train.n:29400")
-    first = Launch(config, parse_args(config), 1, tmp_path).command()
-    second = Launch(replace(config, attempt=2), parse_args(config), 0, tmp_path).command()
-    assert first[1:3] == ["-m", "torch.distributed.run"]
-    assert first[first.index("--rdzv-endpoint") + 1] == "j-train-0.j-train.n:29400"
-    assert "is_host=0," in first[first.index("--rdzv-conf") + 1]
-    assert "is_host=1," in second[second.index("--rdzv-conf") + 1]
-    assert first[first.index("--rdzv-id") + 1] != second[second.index("--rdzv-id") + 1]
+
+    def options(config: StageConfig, node: int) -> dict[str, str]:
+        words = Launch(config, parse_args(config), node, tmp_path).command()[3:]
+        return dict(zip(words[::2], words[1::2], strict=True))
+
+    first, again = options(config, 1), options(replace(config, attempt=2), 0)
+    assert (first["--nodes"], first["--node-rank"], again["--node-rank"]) == ("2", "1", "0")
+    assert first["--endpoint"] == again["--endpoint"] == "j-train-0.j-train.n:29400"
+    assert first["--run-id"] != again["--run-id"]
+
+
+def test_a_single_rank_needs_no_agent(config: StageConfig, tmp_path: Path) -> None:
+    command = Launch(config, parse_args(config), 0, tmp_path).command()
+    assert command[1:3] == ["-m", "finetune_trainer.stages.train_worker"]
 
 
 def test_two_nodes_without_a_place_to_meet_are_refused(workspace: Path, tiny_model: Path) -> None:

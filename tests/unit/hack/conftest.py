@@ -1,4 +1,4 @@
-"""Makes the local cluster's package importable: it is no distribution, it runs from its folder before any set-up."""
+"""Makes the packages of the local cluster and the demo importable: they run from their folders, before any set-up."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "hack" / "cluster"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "hack" / "demo"))
 
 from local_cluster import binaries
 from local_cluster.settings import Settings

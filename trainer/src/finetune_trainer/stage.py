@@ -175,6 +175,8 @@ def set_environment(stage: str) -> None:
         "HF_HUB_DISABLE_XET": "1",  # its own network stack: no resume of ours, no proxy settings, caches under HOME
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        # threads that spin while they wait made training steps 8 times slower where pods share processors
+        "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "true",
         # its default needs a user name, and user 65532 has none
         "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch) / "torchinductor"),

@@ -12,12 +12,10 @@ depend on how the batch is split.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,9 +40,8 @@ from finetune_trainer.checkpoints import (
 from finetune_trainer.contract import canonical_json
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.progress import Progress
+from finetune_trainer.training_log import LOG_NAME, TrainingLog, read_losses
 
-LOG_NAME = "training.jsonl"
-TIMINGS_NAME = "timings.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -220,9 +217,9 @@ def train(
         window = _Window(
             start.state["window"]["lossSum"], start.state["window"]["supervisedTokens"], start.state["window"]["tokens"]
         )
-    log = _Log(work, first, attempt) if backend.rank == 0 else None
+    log = TrainingLog(work, first, attempt) if backend.rank == 0 else None
     run = _Run(backend, plan, rows, work / CHECKPOINTS_FOLDER, window, progress, log)
-    with _closing(log):
+    with closing(log) if log else nullcontext():
         if backend.rank == 0:
             progress.started(first)
         saved = first if start else -1
@@ -239,7 +236,7 @@ def train(
                     f"a pod of the training was asked to stop (SIGTERM): the checkpoint of step {done} of "
                     f"{plan.total_steps} is written, the next attempt goes on from it",
                 )
-    first_loss, loss = backend.broadcast(_read_losses(work / LOG_NAME) if backend.rank == 0 else None)
+    first_loss, loss = backend.broadcast(read_losses(work / LOG_NAME) if backend.rank == 0 else None)
     return Outcome(checkpoint_folder(work / CHECKPOINTS_FOLDER, saved), first_loss, loss, run.timings)
 
 
@@ -253,7 +250,7 @@ class _Run:
     root: Path
     window: _Window
     progress: Progress
-    log: _Log | None
+    log: TrainingLog | None
     timings: Timings = field(default_factory=Timings)
     logged_at: tuple[float, int, int] = (0.0, 0, 0)
 
@@ -376,65 +373,6 @@ def write_checkpoint(backend: Backend, root: Path, step: int, state: Mapping[str
     backend.broadcast(None)
 
 
-class _Log:
-    """training.jsonl, a function of the job alone, and timings.jsonl, which keeps the times of every attempt.
-
-    Lines after the step that training starts from were written by an attempt that did not save them: they go.
-    """
-
-    def __init__(self, work: Path, first: int, attempt: int) -> None:
-        work.mkdir(parents=True, exist_ok=True)
-        self._attempt = attempt
-        path = work / LOG_NAME
-        kept = [line for line in _read_lines(path) if line["step"] <= first]
-        temporary = path.with_name(f".{LOG_NAME}.tmp")
-        temporary.write_bytes(b"".join(canonical_json(line) + b"\n" for line in kept))
-        temporary.replace(path)
-        self._lines = path.open("ab")
-        self._timings = (work / TIMINGS_NAME).open("ab")
-
-    def write(self, line: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-        self._lines.write(canonical_json(line) + b"\n")
-        self._lines.flush()
-        self._timings.write(canonical_json({"attempt": self._attempt, **timing}) + b"\n")
-        self._timings.flush()
-
-    def sync(self) -> None:
-        """Make the log durable, before a checkpoint that relies on it."""
-        os.fsync(self._lines.fileno())
-
-    def close(self) -> None:
-        self.sync()
-        self._lines.close()
-        self._timings.close()
-
-
-def repeated_steps(work: Path, first: int) -> int:
-    """Steps, as far as the log knew them, that an earlier attempt did after step `first` and that are lost."""
-    known = [line["step"] for line in _read_lines(work / TIMINGS_NAME)]
-    return max(0, max(known, default=0) - first)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last line that was cut by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for raw in path.read_bytes().split(b"\n"):
-        try:
-            value = json.loads(raw)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
-            lines.append(value)
-    return lines
-
-
-def _read_losses(path: Path) -> tuple[float, float]:
-    losses = [line["loss"] for line in _read_lines(path)]
-    return (losses[0], losses[-1]) if losses else (math.nan, math.nan)
-
-
 def _check_identity(backend: Backend, plan: TrainingPlan, checkpoint: Checkpoint) -> None:
     own = {name: [list(facts.shape), facts.dtype] for name, facts in backend.parameters().items()}
     stored = {name: [list(tensor.shape), tensor.dtype] for name, tensor in checkpoint.parameters().items()}
@@ -447,12 +385,3 @@ def _check_identity(backend: Backend, plan: TrainingPlan, checkpoint: Checkpoint
             f"{checkpoint.path.name} cannot be resumed: {shown}. Restore those fields, or delete the checkpoints to "
             "start over",
         )
-
-
-@contextmanager
-def _closing(log: _Log | None) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        if log:
-            log.close()

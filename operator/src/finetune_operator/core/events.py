@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from finetune_operator.api.conditions import find_condition
+from finetune_operator.api.conditions import find_condition, is_true
 from finetune_operator.api.constants import ConditionType, EventReason, StageState
 from finetune_operator.api.status import FineTuneJobStatus, StageStatus
 
@@ -48,7 +48,7 @@ def _events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Iterator[Eve
         yield from _stage_events(known.get(stage.name), stage)
     if _turned(before, after, ConditionType.SUSPENDED, "True"):
         yield Event(EventReason.SUSPENDED, "No pod of the job is left.")
-    if _was(before, ConditionType.SUSPENDED, "True") and not _was(after, ConditionType.SUSPENDED, "True"):
+    if is_true(before.conditions, ConditionType.SUSPENDED) and not is_true(after.conditions, ConditionType.SUSPENDED):
         yield Event(EventReason.RESUMED, "The job goes on with what is done already.")
     if _turned(before, after, ConditionType.SUCCEEDED, "True"):
         yield Event(EventReason.SUCCEEDED, after.message or "")
@@ -75,10 +75,7 @@ def _stage_events(before: StageStatus | None, after: StageStatus) -> Iterator[Ev
         yield Event(EventReason.STAGE_REUSED, f"{after.name}: {path} was there already")
 
 
-def _was(status: FineTuneJobStatus, kind: ConditionType, value: str) -> bool:
-    condition = find_condition(status.conditions, kind)
-    return condition is not None and condition.status == value
-
-
 def _turned(before: FineTuneJobStatus, after: FineTuneJobStatus, kind: ConditionType, value: str) -> bool:
-    return _was(after, kind, value) and not _was(before, kind, value)
+    was = find_condition(before.conditions, kind)
+    now = find_condition(after.conditions, kind)
+    return now is not None and now.status == value and (was is None or was.status != value)

@@ -13,7 +13,7 @@ from finetune_operator.core.stages import secret_references
 
 
 def find_missing(job: FineTuneJob, observed: Observed) -> Waiting | None:
-    """What the job's pods would mount and is not there, or None. A claim that is still pending may wait for its first pod."""
+    """What the job's pods would mount and is not there, or None. A pending claim may only wait for its first pod."""
     claim = observed.claim
     if claim is not None and claim.phase is None:
         return Waiting(
@@ -24,7 +24,7 @@ def find_missing(job: FineTuneJob, observed: Observed) -> Waiting | None:
     if claim is not None and claim.phase == "Lost":
         return Waiting(
             Reason.CLAIM_NOT_BOUND,
-            f"PersistentVolumeClaim {claim.name} has lost its volume: restore the PersistentVolume, or use another claim.",
+            f"PersistentVolumeClaim {claim.name} has lost its volume: restore that, or use another claim.",
         )
     for name, key in secret_references(job).values():
         keys = observed.secrets.get(name)
@@ -36,6 +36,6 @@ def find_missing(job: FineTuneJob, observed: Observed) -> Waiting | None:
         if key not in keys:
             return Waiting(
                 Reason.SECRET_MISSING,
-                f"Secret {name} in namespace {job.namespace} has no key {key} (it has {', '.join(sorted(keys)) or 'none'}).",
+                f"Secret {name} in namespace {job.namespace} has no key {key}, only: {', '.join(sorted(keys)) or '-'}.",
             )
     return None

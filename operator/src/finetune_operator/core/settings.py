@@ -1,4 +1,4 @@
-"""Settings: what the operator's installation decides for every job. Built by config.py, frozen, passed as an argument."""
+"""Settings: what the operator's installation decides for every job. Built by config.py, frozen."""
 
 from __future__ import annotations
 

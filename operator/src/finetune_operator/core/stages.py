@@ -333,8 +333,9 @@ def _missed_gate(job: FineTuneJob, stage: str, success: Outcome) -> str | None:
     if isinstance(base, (int, float)) and isinstance(tuned, (int, float)) and tuned <= most * base:
         return None
     return (
-        f"The tuned model's held-out loss is {tuned}, the base model's {base}, and "
-        f"spec.evaluate.gate.maxLossRatioToBase allows {most} times the base model's. Train longer or on better data, or change the gate."
+        f"The tuned model's held-out loss is {tuned} and the base model's {base}; "
+        f"spec.evaluate.gate.maxLossRatioToBase allows {most} times the base model's. "
+        "Train longer or on better data, or change the gate."
     )
 
 

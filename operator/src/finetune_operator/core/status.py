@@ -1,7 +1,8 @@
-"""derive_status: what the status says of a job, from its spec, its children and the pipeline. And the events of a change.
+"""derive_status: what the status says of a job, from its spec, its children and the pipeline.
 
-Called by reconcile.py. The conditions are the truth; phase, stage, progress, eta, reason and message are derived from the
-same facts for people and read by nobody. The previous status gives transition times only. Pure: `now` is an argument.
+Called by reconcile.py. The conditions are the truth; phase, stage, progress, eta, reason and message are derived from
+the same facts for people and read by nobody. The previous status gives transition times only. Pure: `now` is an
+argument.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def _conditions(
     rows: dict[ConditionType, tuple[ConditionStatus, Reason, str]] = {
         ConditionType.SUCCEEDED: (conclusion.status, conclusion.reason, conclusion.message),
         ConditionType.VALIDATED: ("True", Reason.VALID, "Every check of the spec passed."),
-        ConditionType.STORAGE_READY: _storage(observed, problem),
+        ConditionType.STORAGE_READY: _storage(observed, pipeline, problem),
         ConditionType.SUSPENDED: _suspended(job, observed),
     }
     for stage in pipeline.stages:
@@ -193,9 +194,12 @@ def _conditions(
 _STORAGE_REASONS = frozenset({Reason.CLAIM_MISSING, Reason.CLAIM_NOT_BOUND, Reason.SECRET_MISSING})
 
 
-def _storage(observed: Observed, problem: Waiting | None) -> tuple[ConditionStatus, Reason, str]:
+def _storage(observed: Observed, pipeline: Pipeline, problem: Waiting | None) -> tuple[ConditionStatus, Reason, str]:
     if problem is not None and problem.reason in _STORAGE_REASONS:
         return "False", problem.reason, problem.message
+    current = pipeline.current
+    if current is not None and current.reason in _STORAGE_REASONS:
+        return "False", current.reason, current.message
     if observed.attempts or observed.claim is not None:
         return "True", Reason.COMPLETED, "The workspace's claim and the Secrets that stages mount are there."
     return "Unknown", Reason.PENDING, "Not looked for yet."
@@ -343,29 +347,40 @@ def _whole_number(value: Any) -> int | None:
 
 def _training(pipeline: Pipeline, progress: Progress | None, before: TrainingStatus | None) -> TrainingStatus | None:
     """The report's figures when train is done, else what was last posted; that is kept until something newer comes."""
+    train = next((plan for plan in pipeline.stages if plan.name == contract.TRAIN), None)
     metrics = _metrics(pipeline, contract.TRAIN)
-    if metrics:
+    if metrics and train is not None and train.success is not None:
         step = _whole_number(metrics.get("step"))
         return TrainingStatus(
             step=step,
             total_steps=_whole_number(metrics.get("totalSteps")),
-            loss=_number(metrics.get("loss")),
-            tokens_per_second=_number(metrics.get("tokensPerSecond")),
-            last_checkpoint=Checkpoint(step=step) if step is not None else None,
+            loss=_rounded(metrics.get("loss")),
+            tokens_per_second=_rounded(metrics.get("tokensPerSecond")),
+            last_checkpoint=None if step is None else _checkpoint(step, train.success.finished_at, before),
         )
     if progress is not None and progress.stage == contract.TRAIN:
-        checkpoint = None
-        if progress.checkpoint_step is not None:
-            checkpoint = Checkpoint(step=progress.checkpoint_step, time=progress.checkpoint_time)
+        step = progress.checkpoint_step
         return TrainingStatus(
             step=progress.step,
             total_steps=progress.total_steps,
-            loss=progress.loss,
-            tokens_per_second=progress.tokens_per_second,
-            last_checkpoint=checkpoint,
+            loss=_rounded(progress.loss),
+            tokens_per_second=_rounded(progress.tokens_per_second),
+            last_checkpoint=None if step is None else _checkpoint(step, progress.checkpoint_time, before),
         )
-    train = next((plan for plan in pipeline.stages if plan.name == contract.TRAIN), None)
     return before if train is not None and train.attempts else None
+
+
+def _checkpoint(step: int, written_at: datetime | None, before: TrainingStatus | None) -> Checkpoint:
+    """The checkpoint of that step; one that was known before keeps its time."""
+    if before is not None and before.last_checkpoint is not None and before.last_checkpoint.step == step:
+        return before.last_checkpoint
+    return Checkpoint(step=step, time=None if written_at is None else _whole_second(written_at))
+
+
+def _rounded(value: Any) -> float | None:
+    """Five significant digits: enough to read, short enough for a column."""
+    number = _number(value)
+    return None if number is None else float(f"{number:.5g}")
 
 
 def _evaluation(pipeline: Pipeline) -> EvaluationStatus | None:
@@ -373,8 +388,8 @@ def _evaluation(pipeline: Pipeline) -> EvaluationStatus | None:
     if not metrics:
         return None
     return EvaluationStatus(
-        base_loss=_number(metrics.get("baseLoss")),
-        tuned_loss=_number(metrics.get("tunedLoss")),
+        base_loss=_rounded(metrics.get("baseLoss")),
+        tuned_loss=_rounded(metrics.get("tunedLoss")),
         prompts=tuple(_answers(metrics.get("prompts"))),
     )
 

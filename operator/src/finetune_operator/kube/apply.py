@@ -26,8 +26,8 @@ class ChildRefused(Exception):
 async def apply_child(client: Client, manifest: Mapping[str, Any], *, job_name: str, job_uid: str) -> None:
     """Create or complete a child of the FineTuneJob; ChildRefused when that cannot be now.
 
-    An object of that name that is not this job's is never touched: server-side apply would take it over, so its owner is
-    looked at first.
+    An object of that name that is not this job's is never touched: server-side apply would take it over, so its owner
+    is looked at first.
     """
     kind, metadata = manifest["kind"], manifest["metadata"]
     there = await client.find(kind, metadata["namespace"], metadata["name"])

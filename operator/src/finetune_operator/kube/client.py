@@ -1,7 +1,8 @@
-"""A small REST client over the official package's asynchronous ApiClient: get, list, apply, delete, post, as plain JSON.
+"""A small REST client over the official package's asynchronous ApiClient: objects as plain JSON.
 
-Called by the other modules of kube/. The typed models of the package are not used: every object here is JSON that the core
-parses or made, and turning it into models and back costs time and memory for nothing. Every failure is a ClusterError.
+Called by the other modules of kube/. The typed models of the package are not used: every object here is JSON that the
+core parses or made, and turning it into models and back costs time and memory for nothing. Every failure is a
+ClusterError.
 """
 
 from __future__ import annotations
@@ -72,16 +73,19 @@ class Client:
                 return None
             raise
 
-    async def list(self, kind: str, namespace: str, label_selector: str) -> list[Raw]:
+    async def list(self, kind: str, namespace: str, label_selector: str, *, field_selector: str = "") -> list[Raw]:
         """The objects with these labels as they are now (not as of some cache's past)."""
-        answer = await self._call("GET", object_path(kind, namespace), query={"labelSelector": label_selector})
+        query = {"labelSelector": label_selector}
+        if field_selector:
+            query["fieldSelector"] = field_selector
+        answer = await self._call("GET", object_path(kind, namespace), query=query)
         items: list[Raw] = answer.get("items") or []
         return items
 
     async def apply(
         self, manifest: Mapping[str, Any], *, field_manager: str, subresource: str = "", force: bool = False
     ) -> Raw:
-        """Server-side apply; the object as it is after it. Without `force`, fields of others that differ are a conflict."""
+        """Server-side apply; the object after it. Without `force`, fields of others that differ are a conflict."""
         metadata = manifest["metadata"]
         path = object_path(manifest["kind"], metadata["namespace"], metadata["name"])
         if subresource:

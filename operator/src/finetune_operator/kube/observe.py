@@ -1,5 +1,7 @@
-"""Reads of the API server: a FineTuneJob, its children, what its pods would mount. Called by reconcile.py, which has the
-core parse them."""
+"""Reads of the API server: a FineTuneJob, its children, what its pods would mount.
+
+Called by reconcile.py, which has the core parse them.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """train: starts the ranks of this pod, waits for them, and says in one report how they ended.
 
-stage.py calls run() in every pod of the stage. This process is the launcher: it imports no torch, starts torchrun (or
-the one worker itself where there is only one in all), passes SIGTERM on to the workers, and turns the reports that they
-leave in the scratch folder into the pod's. Training is in train_worker.py and training.py.
+stage.py calls run() in every pod of the stage. This process is the launcher: it imports no torch, starts torchrun's
+agent (or the one worker itself where there is only one in all), passes SIGTERM on to the workers, and turns the reports
+that they leave in the scratch folder into the pod's. Training is in train_worker.py and training.py.
 
 Every pod of a gang reports the same success, artifact and metrics included, since the ranks agree on them at the end.
 """
@@ -34,6 +34,7 @@ CONFIG_NAME = "stage.json"
 
 _JOIN_SECONDS = 1800
 """How long a pod waits for the others: another node may still be pulling the image."""
+_POLL_SECONDS = 0.1
 _MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 _ROUTES = Path("/proc/net/route")
 
@@ -92,7 +93,7 @@ class Launch:
             self.process = subprocess.Popen(self.command(), env=self.environment())
             if self.terminating:
                 self.terminate()
-            code = self.process.wait()
+            code = self._wait(self.process)
         reports = self._reports()
         started = {int(path.name.rsplit("-", 1)[1]) for path in self.scratch.glob("started-*")}
         return pod_report(
@@ -128,8 +129,6 @@ class Launch:
         """The workers' environment; what is set already stays."""
         defaults = {
             "OMP_NUM_THREADS": str(max(1, available_cpus() // self.args.procs_per_node)),
-            # Threads that spin while they wait made steps 8 times slower where pods share processors.
-            "OMP_WAIT_POLICY": "PASSIVE",
             "PYTHONUNBUFFERED": "1",
             "TRANSFORMERS_VERBOSITY": "error",
             "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -137,12 +136,12 @@ class Launch:
         }
         if self.args.num_nodes > 1 and (interface := _interface_for_peers()):
             defaults["GLOO_SOCKET_IFNAME"] = interface
-        return {**defaults, **os.environ}
+        return {**defaults, **os.environ, "TMPDIR": str(self.scratch)}
 
     def terminate(self) -> None:
-        """Ask every worker to write a checkpoint and end; torchrun itself where no worker runs yet.
+        """Ask every worker to write a checkpoint and end; the agent itself where no worker runs yet.
 
-        torchrun is passed by because it gives its workers 30 s and then kills them.
+        torchrun's agent is passed by because it gives its workers 30 s and then kills them.
         """
         self.terminating = True
         pids = [int(path.read_text()) for path in self.scratch.glob("started-*")]
@@ -153,6 +152,19 @@ class Launch:
                 os.kill(pid, signal.SIGTERM)
             except ProcessLookupError:
                 continue
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        """The exit status, of an agent that is ended here once every rank has left its report.
+
+        Left alone it says goodbye to the other pods' agents for seconds, and needs them alive for it.
+        """
+        while True:
+            try:
+                return process.wait(timeout=_POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                if len(self._reports()) == self.args.procs_per_node:
+                    process.kill()
+                    return process.wait()
 
     def _reports(self) -> dict[int, Report]:
         found = {}
@@ -209,7 +221,7 @@ def _unreported(
     if reported:
         return []
     place = f" at {rendezvous}" if rendezvous else ""
-    message = f"no rank was started (torchrun ended with {exit_code}): the pods did not meet{place}, see the log above"
+    message = f"no rank was started (the agent ended with {exit_code}): the pods did not meet{place}, see the log"
     return [Report(contract.TRAIN, ExitCode.RETRYABLE, "RendezvousFailed", message)]
 
 
@@ -220,8 +232,9 @@ def _ranks(ranks: Sequence[int]) -> str:
 def _print_arithmetic(config: StageConfig, args: TrainArgs, node_rank: int) -> None:
     print(
         f"node {node_rank} of {args.num_nodes}, attempt {config.attempt}: world {args.world_size} = {args.num_nodes} "
-        f"nodes x {args.procs_per_node}; global batch {args.global_batch_size} rows = micro batch {args.micro_batch_size} x "
-        f"accumulation {args.gradient_accumulation_steps} x data parallel {args.data_parallel_size}",
+        f"nodes x {args.procs_per_node}; global batch {args.global_batch_size} rows = micro batch "
+        f"{args.micro_batch_size} x accumulation {args.gradient_accumulation_steps} x data parallel "
+        f"{args.data_parallel_size}",
         flush=True,
     )
     if args.num_nodes > 1 and not config.rendezvous:

@@ -2,7 +2,9 @@
 
 stages/train.py starts it with `python -m` and torchrun's own settings. torchrun starts each rank as a new interpreter,
 so a pod of one rank imports torch twice, one after the other; here the agent imports everything once, meets the other
-pods, and forks its ranks. It must touch no device and run no tensor, which would not survive the fork.
+pods, and forks its ranks: half the time to the first step where processors are few. It must run no tensor, because
+threads do not survive a fork. Where there are GPUs the ranks are new interpreters all the same, since CUDA does not
+survive one either once any library has looked at the device.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from torch.distributed.launcher.api import LaunchConfig, launch_agent
 import finetune_trainer.backends.torch
 import finetune_trainer.training  # noqa: F401
 from finetune_trainer.stages import train_worker
+
+_NVIDIA = Path("/dev/nvidiactl")
 
 
 def main() -> int:
@@ -47,7 +51,7 @@ def main() -> int:
             "read_timeout": arguments.join_seconds,
         },
         max_restarts=0,
-        start_method="fork",
+        start_method="spawn" if _NVIDIA.exists() else "fork",
     )
     try:
         launch_agent(launch, _rank, [str(arguments.config), str(arguments.scratch)])

@@ -86,6 +86,7 @@ def _run(config: StageConfig, args: TrainArgs, stop: StopFlag, verified: Future[
     from finetune_trainer.backends.torch import TorchBackend
     from finetune_trainer.batches import open_rows
     from finetune_trainer.progress import Progress, ProgressPoster
+    from finetune_trainer.training_log import LOG_NAME, repeated_steps
 
     backend = TorchBackend(_accelerator())
     backend.start()
@@ -106,7 +107,7 @@ def _run(config: StageConfig, args: TrainArgs, stop: StopFlag, verified: Future[
     plan = _training_plan(args, rows.max_steps)
     work = work_folder(config)
     start = training.resume(backend, plan, work / training.CHECKPOINTS_FOLDER)
-    repeated = training.repeated_steps(work, start.step if start else 0)
+    repeated = repeated_steps(work, start.step if start else 0)
     if packed_row is not None:
         training.check_packing(backend, plan, rows, packed_row)
     start_seconds = time.monotonic() - began
@@ -131,9 +132,7 @@ def _run(config: StageConfig, args: TrainArgs, stop: StopFlag, verified: Future[
         "checkpointSeconds": round(outcome.timings.checkpoint_seconds, 3),
     }
     if backend.rank == 0:
-        _write_artifact(
-            config, outcome.checkpoint, work / training.LOG_NAME, backend.adapter_config(_source(model)), metrics
-        )
+        _write_artifact(config, outcome.checkpoint, work / LOG_NAME, backend.adapter_config(_source(model)), metrics)
         report = finished_report(config, times)
     else:
         report = Report(contract.TRAIN, ExitCode.SUCCESS)
