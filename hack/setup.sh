@@ -36,7 +36,8 @@ echo "setup: making $venv with $("$python" -V) (about 7 GB, a few minutes the fi
 rm -rf $venv
 "$python" -m venv $venv
 $venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
+# Bytecode now: importing torch and transformers without takes 10 s in every process where none may be written later.
 # Hard links from uv's cache where it is on the same file system, copies where it is not.
-$venv/bin/uv pip install --quiet --python $venv/bin/python --require-hashes -r requirements/dev.txt
+$venv/bin/uv pip install --quiet --python $venv/bin/python --compile-bytecode --require-hashes -r requirements/dev.txt
 $venv/bin/uv pip install --quiet --python $venv/bin/python --no-deps --no-build-isolation -e trainer -e operator
 echo "$key" > $venv/.setup-key

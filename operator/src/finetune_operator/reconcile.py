@@ -21,12 +21,14 @@ from finetune_operator.core import names
 from finetune_operator.core.desired import Desired, desired_state
 from finetune_operator.core.events import derive_events
 from finetune_operator.core.failure import Waiting
+from finetune_operator.core.figures import Progress
+from finetune_operator.core.inputs import secret_references
 from finetune_operator.core.observed import Claim, Observed, parse_observed
 from finetune_operator.core.parallelism import ParallelismError
 from finetune_operator.core.prerequisites import find_missing
 from finetune_operator.core.settings import Settings
-from finetune_operator.core.stages import Pipeline, derive_pipeline, is_finished, secret_references
-from finetune_operator.core.status import Progress, derive_status, refused_status
+from finetune_operator.core.stages import Pipeline, derive_pipeline, is_finished
+from finetune_operator.core.status import derive_status, refused_status
 from finetune_operator.core.times import seconds_until
 from finetune_operator.kube import apply, observe
 from finetune_operator.kube.client import Client, ClusterError

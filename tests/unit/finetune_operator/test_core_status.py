@@ -10,8 +10,9 @@ from finetune_operator.api.constants import Reason
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.core.events import derive_events
 from finetune_operator.core.failure import Waiting
+from finetune_operator.core.figures import Progress
 from finetune_operator.core.stages import derive_pipeline
-from finetune_operator.core.status import Progress, derive_status, refused_status
+from finetune_operator.core.status import derive_status, refused_status
 from finetune_trainer.contract import ExitCode
 
 

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from cryptography import x509
 
-from finetune_operator.core.status import Progress
+from finetune_operator.core.figures import Progress
 from finetune_operator.progress.certificates import make_authority, make_serving_pair
 from finetune_operator.progress.senders import Sender
 from finetune_operator.progress.server import ProgressServer, ProgressStore

@@ -16,11 +16,12 @@ from finetune_operator.api.constants import Reason, StageState
 from finetune_operator.api.finetunejob import FineTuneJob
 from finetune_operator.core import names
 from finetune_operator.core.failure import derive_outcome
+from finetune_operator.core.inputs import Start
 from finetune_operator.core.observed import Attempt, Observed
 from finetune_operator.core.pods import CA_KEY, CONFIG_KEY, pod_template
 from finetune_operator.core.records import ANNOTATION_DEFAULT_IMAGE, Outcome, Result, outcome_annotations
 from finetune_operator.core.settings import Settings
-from finetune_operator.core.stages import Pipeline, StagePlan, Start
+from finetune_operator.core.stages import Pipeline, StagePlan
 from finetune_trainer import contract
 
 JOB = "Job"

@@ -13,8 +13,8 @@ from typing import Any
 from finetune_operator.api import constants
 from finetune_operator.api.finetunejob import FineTuneJob
 from finetune_operator.core import accelerators
+from finetune_operator.core.inputs import Start, secret_references
 from finetune_operator.core.settings import Settings
-from finetune_operator.core.stages import Start, secret_references
 from finetune_trainer import contract
 
 USER_ID = 65532

@@ -8,8 +8,8 @@ from __future__ import annotations
 from finetune_operator.api.constants import Reason
 from finetune_operator.api.finetunejob import FineTuneJob
 from finetune_operator.core.failure import Waiting
+from finetune_operator.core.inputs import secret_references
 from finetune_operator.core.observed import Observed
-from finetune_operator.core.stages import secret_references
 
 
 def find_missing(job: FineTuneJob, observed: Observed) -> Waiting | None:

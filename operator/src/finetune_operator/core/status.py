@@ -7,10 +7,9 @@ argument.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
 
 from finetune_operator.api.conditions import with_condition
 from finetune_operator.api.constants import (
@@ -24,25 +23,26 @@ from finetune_operator.api.constants import (
 from finetune_operator.api.finetunejob import FineTuneJob
 from finetune_operator.api.status import (
     MAX_ATTEMPTS,
-    Artifact,
-    Artifacts,
     AttemptStatus,
-    Checkpoint,
     Condition,
     ConditionStatus,
-    EvaluationStatus,
     FineTuneJobStatus,
-    PromptAnswers,
     StageStatus,
-    TrainingStatus,
 )
 from finetune_operator.core.failure import Waiting
+from finetune_operator.core.figures import (
+    Progress,
+    as_artifact,
+    derive_artifacts,
+    derive_evaluation,
+    derive_trainable_parameters,
+    derive_training,
+    whole_second,
+)
 from finetune_operator.core.observed import Observed
 from finetune_operator.core.records import Result
 from finetune_operator.core.stages import DONE, Pipeline, StagePlan, running_since
-from finetune_operator.core.times import UTC
 from finetune_trainer import contract
-from finetune_trainer.contract import ArtifactRef
 
 _WEIGHTS = {
     contract.PREPARE: 5,
@@ -54,23 +54,6 @@ _WEIGHTS = {
     contract.PUBLISH: 5,
 }
 """Share of the work that a stage is taken for in `progress`."""
-
-MAX_ANSWER_LENGTH = 1024
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a running training last posted. `seconds_left` is estimated from its pace, None before that is known."""
-
-    stage: str
-    attempt: int
-    step: int
-    total_steps: int
-    loss: float | None = None
-    tokens_per_second: float | None = None
-    checkpoint_step: int | None = None
-    checkpoint_time: datetime | None = None
-    seconds_left: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +81,7 @@ def derive_status(
     conditions: tuple[Condition, ...] = before.conditions
     for kind, (status, reason, message) in _conditions(job, observed, pipeline, conclusion, problem).items():
         conditions = with_condition(
-            conditions, kind, status, reason, message, observed_generation=job.generation, now=_whole_second(now)
+            conditions, kind, status, reason, message, observed_generation=job.generation, now=whole_second(now)
         )
     current = pipeline.current
     if progress is not None and not _is_of(progress, current):
@@ -113,14 +96,14 @@ def derive_status(
         reason=conclusion.reason,
         message=conclusion.message,
         start_time=_start_time(job, observed, pipeline, now, finished=finished, held=problem is not None),
-        completion_time=(before.completion_time or _whole_second(now)) if finished else None,
+        completion_time=(before.completion_time or whole_second(now)) if finished else None,
         stages=tuple(_stage_status(stage, problem, current) for stage in pipeline.stages),
-        training=_training(pipeline, progress, before.training),
-        evaluation=_evaluation(pipeline),
+        training=derive_training(pipeline, progress, before.training),
+        evaluation=derive_evaluation(pipeline),
         attempts=tuple(_attempts(pipeline))[-MAX_ATTEMPTS:],
         restarts=pipeline.restarts,
-        artifacts=_artifacts(pipeline),
-        trainable_parameters=_whole_number(_metrics(pipeline, contract.TRAIN).get("trainableParameters")),
+        artifacts=derive_artifacts(pipeline),
+        trainable_parameters=derive_trainable_parameters(pipeline),
     )
 
 
@@ -135,7 +118,7 @@ def refused_status(
     }
     for kind, (status, why, words) in rows.items():
         conditions = with_condition(
-            conditions, kind, status, why, words, observed_generation=generation, now=_whole_second(now)
+            conditions, kind, status, why, words, observed_generation=generation, now=whole_second(now)
         )
     return job_status.model_copy(
         update={
@@ -144,7 +127,7 @@ def refused_status(
             "phase": str(Phase.FAILED),
             "reason": str(reason),
             "message": message,
-            "completion_time": job_status.completion_time or _whole_second(now),
+            "completion_time": job_status.completion_time or whole_second(now),
             "eta": None,
         }
     )
@@ -155,11 +138,6 @@ def _is_of(progress: Progress, current: StagePlan | None) -> bool:
     if current is None or current.start is None or current.name != progress.stage:
         return False
     return current.start.number == progress.attempt
-
-
-def _whole_second(moment: datetime) -> datetime:
-    """The moment as Kubernetes stores it: a status compared with what was read back must be equal."""
-    return moment.astimezone(UTC).replace(microsecond=0)
 
 
 def _conclude(observed: Observed, pipeline: Pipeline, problem: Waiting | None) -> Conclusion:
@@ -272,7 +250,7 @@ def _start_time(
     if since is not None:
         return since
     begun = bool(observed.attempts) or (not held and any(stage.start is not None for stage in pipeline.stages))
-    return _whole_second(now) if begun else None
+    return whole_second(now) if begun else None
 
 
 def _stage_status(stage: StagePlan, problem: Waiting | None, current: StagePlan | None) -> StageStatus:
@@ -286,7 +264,7 @@ def _stage_status(stage: StagePlan, problem: Waiting | None, current: StagePlan 
     ended = outcome.finished_at if outcome is not None and stage.state in (*DONE, StageState.FAILED) else None
     artifact = None
     if stage.success is not None and stage.success.report is not None:
-        artifact = _artifact(stage.success.report.artifacts.get(stage.name))
+        artifact = as_artifact(stage.success.report.artifacts.get(stage.name))
     name = stage.start.name if stage.start is not None else (latest.name if latest is not None else None)
     return StageStatus(
         name=stage.name,
@@ -308,101 +286,6 @@ def _seconds(begun: datetime | None, ended: datetime | None) -> int | None:
     if begun is None or ended is None:
         return None
     return max(0, int((ended - begun) / timedelta(seconds=1)))
-
-
-def _artifact(ref: ArtifactRef | None) -> Artifact | None:
-    return None if ref is None else Artifact(path=ref.path, digest=ref.digest)
-
-
-def _artifacts(pipeline: Pipeline) -> Artifacts | None:
-    found = {}
-    for field, stage in (
-        ("adapter", contract.CONSOLIDATE),
-        ("model", contract.MERGE),
-        ("evaluation", contract.EVALUATE),
-    ):
-        report = _report(pipeline, stage)
-        if report is not None and stage in report.artifacts:
-            found[field] = _artifact(report.artifacts[stage])
-    return Artifacts(**found) if found else None
-
-
-def _report(pipeline: Pipeline, stage: str) -> contract.Report | None:
-    plan = next((plan for plan in pipeline.stages if plan.name == stage), None)
-    return plan.success.report if plan is not None and plan.success is not None else None
-
-
-def _metrics(pipeline: Pipeline, stage: str) -> dict[str, Any]:
-    report = _report(pipeline, stage)
-    return dict(report.metrics) if report is not None else {}
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _whole_number(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def _training(pipeline: Pipeline, progress: Progress | None, before: TrainingStatus | None) -> TrainingStatus | None:
-    """The report's figures when train is done, else what was last posted; that is kept until something newer comes."""
-    train = next((plan for plan in pipeline.stages if plan.name == contract.TRAIN), None)
-    metrics = _metrics(pipeline, contract.TRAIN)
-    if metrics and train is not None and train.success is not None:
-        step = _whole_number(metrics.get("step"))
-        return TrainingStatus(
-            step=step,
-            total_steps=_whole_number(metrics.get("totalSteps")),
-            loss=_rounded(metrics.get("loss")),
-            tokens_per_second=_rounded(metrics.get("tokensPerSecond")),
-            last_checkpoint=None if step is None else _checkpoint(step, train.success.finished_at, before),
-        )
-    if progress is not None and progress.stage == contract.TRAIN:
-        step = progress.checkpoint_step
-        return TrainingStatus(
-            step=progress.step,
-            total_steps=progress.total_steps,
-            loss=_rounded(progress.loss),
-            tokens_per_second=_rounded(progress.tokens_per_second),
-            last_checkpoint=None if step is None else _checkpoint(step, progress.checkpoint_time, before),
-        )
-    return before if train is not None and train.attempts else None
-
-
-def _checkpoint(step: int, written_at: datetime | None, before: TrainingStatus | None) -> Checkpoint:
-    """The checkpoint of that step; one that was known before keeps its time."""
-    if before is not None and before.last_checkpoint is not None and before.last_checkpoint.step == step:
-        return before.last_checkpoint
-    return Checkpoint(step=step, time=None if written_at is None else _whole_second(written_at))
-
-
-def _rounded(value: Any) -> float | None:
-    """Five significant digits: enough to read, short enough for a column."""
-    number = _number(value)
-    return None if number is None else float(f"{number:.5g}")
-
-
-def _evaluation(pipeline: Pipeline) -> EvaluationStatus | None:
-    metrics = _metrics(pipeline, contract.EVALUATE)
-    if not metrics:
-        return None
-    return EvaluationStatus(
-        base_loss=_rounded(metrics.get("baseLoss")),
-        tuned_loss=_rounded(metrics.get("tunedLoss")),
-        prompts=tuple(_answers(metrics.get("prompts"))),
-    )
-
-
-def _answers(value: Any) -> Iterator[PromptAnswers]:
-    for entry in value if isinstance(value, list) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
-            texts = {key: _cut(entry.get(key)) for key in ("expected", "base", "tuned")}
-            yield PromptAnswers(prompt=entry["prompt"][:MAX_ANSWER_LENGTH], **texts)
-
-
-def _cut(value: Any) -> str | None:
-    return value[:MAX_ANSWER_LENGTH] if isinstance(value, str) else None
 
 
 def _attempts(pipeline: Pipeline) -> Iterable[AttemptStatus]:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from finetune_operator.core.status import Progress
+from finetune_operator.core.figures import Progress
 from finetune_operator.kube.client import ClusterError
 from finetune_operator.progress.certificates import Authority, make_serving_pair
 from finetune_operator.progress.senders import Sender, Senders

@@ -1,0 +1,144 @@
+"""What a job's stages are and what each one reads: stage.json, its digest, and the attempt that runs from it.
+
+Called by stages.py, which decides when; desired.py makes the objects. Whatever is put into a StageConfig here and is
+not volatile by the contract is part of the stage's digest: a change of it runs the stage again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_operator.api.finetunejob import FineTuneJob
+from finetune_operator.core import accelerators
+from finetune_operator.core.names import child_name
+from finetune_operator.core.parallelism import Parallelism, derive_parallelism
+from finetune_operator.core.settings import Settings
+from finetune_trainer import contract
+from finetune_trainer.contract import ArtifactRef, StageConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """An attempt that has to exist now. `config` is its stage.json, `completions` the number of its pods."""
+
+    name: str
+    number: int
+    config: StageConfig
+    digest: str
+    completions: int
+    default_image: str
+
+
+def stage_names(job: FineTuneJob) -> tuple[str, ...]:
+    """The stages shown for a job, in order; those that its spec switches off are among them, as skipped."""
+    names = [contract.PREPARE, contract.TRAIN, contract.CONSOLIDATE, contract.MERGE, contract.EVALUATE]
+    return tuple(stage for stage in contract.STAGES if stage in names)
+
+
+def is_skipped(job: FineTuneJob, stage: str) -> bool:
+    """True when the spec does not ask for the stage."""
+    if stage == contract.MERGE:
+        return not job.spec.merge.enabled or job.spec.method.type == "full"
+    return stage == contract.EVALUATE and not job.spec.evaluate.enabled
+
+
+def job_parallelism(job: FineTuneJob) -> Parallelism:
+    """How the job's training is spread; ParallelismError when the sizes do not divide."""
+    spec = job.spec
+    return derive_parallelism(
+        num_nodes=spec.accelerator.nodes,
+        procs_per_node=accelerators.of(job).procs_per_node,
+        tp_size=spec.parallelism.tensor_parallel_size,
+        pp_size=spec.parallelism.pipeline_parallel_size,
+        micro_batch_size=spec.training.micro_batch_size,
+        gradient_accumulation_steps=spec.training.gradient_accumulation_steps,
+    )
+
+
+def stage_spec(job: FineTuneJob, stage: str) -> dict[str, Any]:
+    """The part of the spec that a stage reads, defaults filled in; a change of anything else leaves the stage alone."""
+    spec = job.spec.as_json()
+    if stage == contract.PREPARE:
+        length = {key: spec["training"][key] for key in ("maxSteps", "epochs", "seed") if key in spec["training"]}
+        return {"model": spec["model"], "dataset": spec["dataset"], "training": length}
+    if stage == contract.TRAIN:
+        return {"method": spec["method"], "training": spec["training"]}
+    if stage == contract.CONSOLIDATE:
+        return {"method": spec["method"]}
+    if stage == contract.MERGE:
+        return {"method": spec["method"], "merge": spec["merge"]}
+    if stage == contract.EVALUATE:
+        return {"evaluate": spec["evaluate"]}
+    raise KeyError(stage)
+
+
+_INPUTS: Mapping[str, Sequence[str]] = {
+    contract.PREPARE: (),
+    contract.TRAIN: (contract.MODEL_INPUT, contract.PREPARE),
+    contract.CONSOLIDATE: (contract.MODEL_INPUT, contract.TRAIN),
+    contract.MERGE: (contract.MODEL_INPUT, contract.CONSOLIDATE),
+    contract.EVALUATE: (contract.MODEL_INPUT, contract.PREPARE, contract.CONSOLIDATE, contract.MERGE),
+}
+"""Artifacts that a stage reads. evaluate reads merge's only where merge ran."""
+
+
+def stage_config(
+    job: FineTuneJob, stage: str, artifacts: Mapping[str, ArtifactRef], image: str
+) -> tuple[StageConfig, str]:
+    """stage.json without its volatile fields, and its digest."""
+    parallelism: Mapping[str, int] = {}
+    if stage == contract.PREPARE:
+        parallelism = {"globalBatchSize": job_parallelism(job).global_batch_size}
+    elif stage == contract.TRAIN:
+        parallelism = job_parallelism(job).as_json()
+    inputs = {name: artifacts[name] for name in _INPUTS[stage] if name in artifacts}
+    config = StageConfig(
+        stage=stage, image=image, spec=stage_spec(job, stage), output="", inputs=inputs, parallelism=parallelism
+    )
+    return config, contract.stage_digest(config)
+
+
+def start_attempt(
+    job: FineTuneJob, stage: str, number: int, config: StageConfig, digest: str, default_image: str, settings: Settings
+) -> Start:
+    """The attempt with its volatile fields filled in."""
+    name = child_name(job.name, stage, digest, number)
+    completions = job_parallelism(job).num_nodes if stage == contract.TRAIN else 1
+    secrets = {}
+    if stage == contract.PREPARE:
+        secrets = {key: f"{contract.SECRETS_PATH}/{key}" for key in secret_references(job)}
+    progress: Mapping[str, str] = {}
+    if settings.progress is not None:
+        progress = {
+            "url": settings.progress.url,
+            "tokenPath": f"{contract.PROGRESS_PATH}/token",
+            "caPath": f"{contract.PROGRESS_PATH}/ca.crt",
+        }
+    whole = StageConfig(
+        stage=stage,
+        image=config.image,
+        spec=config.spec,
+        inputs=config.inputs,
+        parallelism=config.parallelism,
+        output=contract.stage_output(job.namespace, job.name, stage, digest),
+        job={"namespace": job.namespace, "name": job.name, "uid": job.uid},
+        attempt=number,
+        workspace=contract.WORKSPACE_PATH,
+        secrets=secrets,
+        rendezvous=f"{name}-0.{name}:{contract.RENDEZVOUS_PORT}" if completions > 1 else "",
+        progress=progress,
+    )
+    return Start(
+        name=name, number=number, config=whole, digest=digest, completions=completions, default_image=default_image
+    )
+
+
+def secret_references(job: FineTuneJob) -> dict[str, tuple[str, str]]:
+    """Secrets that prepare reads: key of stage.json's `secrets` -> (Secret's name, key in it)."""
+    references = {
+        contract.MODEL_TOKEN_SECRET: job.spec.model.token_secret_ref,
+        contract.DATASET_TOKEN_SECRET: job.spec.dataset.token_secret_ref,
+    }
+    return {key: (ref.name, ref.key) for key, ref in references.items() if ref is not None}
