@@ -13,6 +13,8 @@ RELEASE ?= finetune-operator
 # Extra arguments for pytest, for example: make unit PYTEST_ARGS="-k packing -x"
 PYTEST_ARGS ?=
 
+export CLUSTER NAMESPACE
+
 BIN := .venv/bin
 PY := $(BIN)/python
 CLUSTER_PY := python3 hack/cluster/cluster.py
@@ -36,7 +38,7 @@ demo: setup cluster-up images install ## Fine-tune a small model on a real clust
 
 .PHONY: test
 test: setup lint type unit-chart cluster-up images install ## Everything: lint, types, unit, chart, contract and end-to-end tests
-	@$(CLUSTER_ENV); $(IMAGES) env > build/images.env; set -a; . build/images.env; set +a; \
+	@$(CLUSTER_ENV); mkdir -p build; $(IMAGES) env > build/images.env; set -a; . build/images.env; set +a; \
 	  $(PY) -m pytest tests/contract tests/e2e $(PYTEST_ARGS)
 
 .PHONY: unit
@@ -49,7 +51,7 @@ unit: setup ## Unit tests; no cluster, no root
 lint: setup ## ruff (style and imports) and the import boundaries
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 
 .PHONY: type
 type: setup ## mypy, strict
@@ -111,7 +113,7 @@ cluster-status: ## Show what of it runs
 
 .PHONY: helm
 helm:
-	@if [ "$(CLUSTER)" = local ]; then $(CLUSTER_PY) build helm; fi
+	@if [ "$(CLUSTER)" = local ]; then $(CLUSTER_PY) build; fi
 
 .PHONY: images
 images: setup ## Build the operator's and the trainer's image where they are missing; tags are digests of their inputs

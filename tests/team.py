@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,15 @@ def workspace_manifests(namespace: str) -> str:
         spec["storageClassName"] = name
     metadata = {"name": CLAIM, "namespace": namespace}
     return json.dumps({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec})
+
+
+def remove_namespace(namespace: str, claim: str) -> None:
+    """Delete the namespace, and on the local cluster its volume and folder, which nothing else removes."""
+    kube.kubectl("delete", "namespace", namespace, "--wait=false", "--ignore-not-found")
+    if LOCAL:
+        volume = f"{namespace}-{claim}"
+        kube.kubectl("delete", "pv", volume, "--wait=false", "--ignore-not-found")
+        shutil.rmtree(Path(os.environ["CLUSTER_WORKSPACE"]) / volume, ignore_errors=True)
 
 
 def toolbox_pod(namespace: str, image: str) -> dict[str, Any]:

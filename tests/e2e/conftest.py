@@ -8,14 +8,12 @@ are looked at or damaged, so nothing here needs the node's file system.
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import kube
 import pytest
-from team import CLAIM, LOCAL, Team, toolbox_pod, workspace_manifests
+from team import CLAIM, Team, remove_namespace, toolbox_pod, workspace_manifests
 
 
 @pytest.fixture(scope="session")
@@ -52,9 +50,4 @@ def team(trainer_image: str, operator_namespace: str) -> Iterator[Team]:
         kube.kubectl("wait", "-n", namespace, "--for=condition=Ready", "pod/toolbox", "--timeout=120s", timeout=130)
         yield Team(namespace, trainer_image)
     finally:
-        kube.kubectl("delete", "namespace", namespace, "--wait=false")
-        if LOCAL:
-            # The local volume is ours alone: with the namespace gone nothing else removes it and its folder.
-            volume = f"{namespace}-{CLAIM}"
-            kube.kubectl("delete", "pv", volume, "--wait=false", "--ignore-not-found")
-            shutil.rmtree(Path(os.environ["CLUSTER_WORKSPACE"]) / volume, ignore_errors=True)
+        remove_namespace(namespace, CLAIM)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import kube
 import pytest
+from team import remove_namespace
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,4 +45,4 @@ def test_the_demo_teaches_the_model_and_a_second_run_reuses_it(trainer_image: st
         assert second.rstrip().endswith("demo: Succeeded")
         assert {job["metadata"]["uid"] for job in kube.items("jobs", "-n", namespace)} == jobs, "nothing ran again"
     finally:
-        kube.kubectl("delete", "namespace", namespace, "--wait=false", "--ignore-not-found")
+        remove_namespace(namespace, "finetune-workspace")

@@ -29,8 +29,8 @@ def operator_restarts(namespace: str) -> int:
     return sum(status["restartCount"] for pod in pods for status in pod["status"].get("containerStatuses", []))
 
 
-def loss_log(team: Team, name: str) -> list[dict[str, Any]]:
-    [path] = team.list_files(f"finetune/jobs/{team.namespace}/{name}/train-*/training.jsonl")
+def loss_log(team: Team, job: dict[str, Any]) -> list[dict[str, Any]]:
+    path = stage(job, "train")["artifact"]["path"] + "/training.jsonl"
     return [json.loads(line) for line in team.toolbox(f"print(open('/workspace/{path}').read())").splitlines() if line]
 
 
@@ -55,9 +55,16 @@ def test_a_killed_training_pod_costs_the_steps_since_the_last_checkpoint(team: T
     assert stage(job, "train")["attempt"] == 2
     assert job["status"]["restarts"] == 1
     assert stage_names(team.k8s_jobs("killed")) == {**dict.fromkeys(STAGES, 1), "train": 2}
-    log = loss_log(team, "killed")
+    log = loss_log(team, job)
     assert [entry["step"] for entry in log] == list(range(1, 401)), "every step is logged once"
-    assert job["status"]["training"]["resumedFromStep"] >= 40
+    [second] = [
+        k8s_job
+        for k8s_job in team.k8s_jobs("killed")
+        if k8s_job["metadata"]["labels"]["finetune-operator.io/stage"] == "train"
+        and k8s_job["metadata"]["labels"]["finetune-operator.io/attempt"] == "2"
+    ]
+    report = json.loads(second["metadata"]["annotations"]["finetune-operator.io/report"])
+    assert report["metrics"]["resumedFromStep"] >= 40, "the second attempt went on, it did not begin again"
 
 
 def test_the_operator_killed_in_every_stage_loses_nothing_and_starts_nothing_twice(
