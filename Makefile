@@ -37,7 +37,7 @@ demo: setup cluster-up images install ## Fine-tune a small model on a real clust
 	  $(if $(filter existing,$(CLUSTER)),--existing-cluster,) $(DEMO_ARGS)
 
 .PHONY: test
-test: setup lint type unit-chart cluster-up images install ## Everything: lint, types, unit, chart, contract and end-to-end tests
+test: setup lint type unit chart cluster-up images install ## Everything: lint, types, unit, chart, contract and end-to-end tests
 	@$(CLUSTER_ENV); mkdir -p build; $(IMAGES) env > build/images.env; set -a; . build/images.env; set +a; \
 	  $(PY) -m pytest tests/contract tests/e2e $(PYTEST_ARGS)
 
@@ -61,10 +61,6 @@ type: setup ## mypy, strict
 .PHONY: chart
 chart: setup helm ## Chart tests on helm's own rendering
 	@$(CLUSTER_ENV); $(PY) -m pytest tests/unit/chart $(PYTEST_ARGS)
-
-.PHONY: unit-chart
-unit-chart: setup helm
-	@$(CLUSTER_ENV); $(PY) -m pytest tests/unit $(PYTEST_ARGS)
 
 .PHONY: contract
 contract: setup cluster-up ## Contract tests on a real API server, controller-manager and scheduler

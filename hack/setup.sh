@@ -34,10 +34,12 @@ fi
 echo "setup: making $venv with $("$python" -V) (about 7 GB, a few minutes the first time)"
 # A half-made environment is thrown away: it is cheaper to make again than to trust.
 rm -rf $venv
+quiet=(--quiet)
+if [ -t 2 ]; then quiet=(); fi  # a person who waits sees uv's progress bars
 "$python" -m venv $venv
 $venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
 # Bytecode now: importing torch and transformers without takes 10 s in every process where none may be written later.
 # Hard links from uv's cache where it is on the same file system, copies where it is not.
-$venv/bin/uv pip install --quiet --python $venv/bin/python --compile-bytecode --require-hashes -r requirements/dev.txt
-$venv/bin/uv pip install --quiet --python $venv/bin/python --no-deps --no-build-isolation -e trainer -e operator
+$venv/bin/uv pip install "${quiet[@]}" --python $venv/bin/python --compile-bytecode --require-hashes -r requirements/dev.txt
+$venv/bin/uv pip install "${quiet[@]}" --python $venv/bin/python --no-deps --no-build-isolation -e trainer -e operator
 echo "$key" > $venv/.setup-key

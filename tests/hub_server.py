@@ -54,6 +54,10 @@ class Hub:
     """Path of a file -> its downloads begin only once this event is set."""
     broken: set[str] = field(default_factory=set)
     """Paths of files that arrive with another last byte."""
+    moved: dict[str, str] = field(default_factory=dict)
+    """Path of a file -> the address that its downloads are sent to, as a hub sends large ones to its storage."""
+    refused: int = 0
+    """Status that every request gets where it is not 0."""
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """(method, path, Range header) of every request."""
 
@@ -103,6 +107,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = urlsplit(self.path).path
         self.hub.requests.append((self.command, unquote(path), self.headers.get("Range", "")))
+        if self.hub.refused:
+            self._error(self.hub.refused, "", "refused")
+            return
         for pattern, respond in ((_TREE, self._tree), (_INFO, self._info), (_FILE, self._file)):
             match = pattern.fullmatch(path)
             if match is not None:
@@ -154,7 +161,9 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[:-1] + bytes([data[-1] ^ 1])
         start = int((re.match(r"bytes=(\d+)-", self.headers.get("Range", "")) or ["", "0"])[1])
         body = data[start:]
-        self.send_response(206 if start else 200)
+        self.send_response(302 if path in self.hub.moved else 206 if start else 200)
+        if path in self.hub.moved:
+            self.send_header("Location", self.hub.moved[path])
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         original = repo.files[path]

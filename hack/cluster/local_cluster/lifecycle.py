@@ -195,14 +195,16 @@ def _end_processes(settings: Settings) -> None:
 
 def _forget_containers(settings: Settings) -> None:
     """Delete the dead containers' records and layers from the image store, which outlives the cluster."""
-    try:
-        for kind, force in (("tasks", ["--force"]), ("containers", [])):
+    for kind, force in (("tasks", ["--force"]), ("containers", [])):
+        try:
             listed = images.ctr(settings, kind, "list", "--quiet").split()
             if listed:
                 images.ctr(settings, kind, "delete", *force, *listed)
-    except ClusterProblem as problem:
-        # Harmless: the next cluster's kubelet collects containers that it does not know.
-        say(f"  some containers are still recorded: {problem}")
+        except ClusterProblem as problem:
+            if kind == "containers":
+                # Harmless: the next cluster's kubelet collects containers that it does not know. A task that could not
+                # be deleted has ended by itself in between, and only its container's record says whether that is so.
+                say(f"  some containers are still recorded: {problem}")
 
 
 def _remove_runtime(settings: Settings) -> None:

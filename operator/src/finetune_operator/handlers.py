@@ -19,7 +19,8 @@ from finetune_operator.config import OperatorConfig
 from finetune_operator.core import names
 from finetune_operator.core.settings import Settings
 from finetune_operator.health import HealthServer, WatchEchoes
-from finetune_operator.kube.client import Client, connect
+from finetune_operator.kube.client import Client, ClusterError, connect
+from finetune_operator.kube.observe import check_kind_is_served
 from finetune_operator.progress.certificates import keep_authority
 from finetune_operator.progress.senders import Senders
 from finetune_operator.progress.server import ProgressServer, ProgressStore, monotonic
@@ -47,7 +48,10 @@ class Operator:
         self._written: dict[Key, str] = {}
 
     async def start(self) -> None:
-        self._client = await connect()
+        """Called again after a ClusterError, until it goes through."""
+        if self._client is None:
+            self._client = await connect()
+        await check_kind_is_served(self._client)
         self._queue = WorkQueue(self._process)
         if self.config.progress_url:
             await self._serve_progress(self._client, self._queue)
@@ -84,14 +88,18 @@ class Operator:
         """A FineTuneJob was added, changed or deleted."""
         key = (namespace, name)
         self._echoes.seen(key)
-        if kind == "DELETED":
-            self._echoes.forget(key)
-            self._written.pop(key, None)
-            if self._progress is not None:
-                self._progress.forget(key)
-        elif self._written.get(key) == version:
-            return  # the echo of our own status write
+        if kind == "DELETED" and self._progress is not None:
+            self._progress.forget(key)  # a new job of this name may be there before the next round
+        if kind is not None and kind != "DELETED" and self._written.get(key) == version:
+            return  # the echo of our own status write; a list (kind None) may stand for earlier events that were missed
         self._wake(key)
+
+    def _forget(self, key: Key) -> None:
+        """The job does not exist. Not done at its DELETED event: the round under way then may still note a write."""
+        self._echoes.forget(key)
+        self._written.pop(key, None)
+        if self._progress is not None:
+            self._progress.forget(key)
 
     def child_changed(self, namespace: str, labels: Mapping[str, str]) -> None:
         """A Job or pod of a FineTuneJob was added, changed or deleted."""
@@ -112,6 +120,8 @@ class Operator:
         done = await reconcile(
             self._client, namespace, name, self._settings, _now(), progress=progress, instance=self.config.pod_name
         )
+        if done.gone:
+            self._forget(key)
         if done.written_version is not None:
             self._written[key] = done.written_version
             self._echoes.written(key, begun)
@@ -129,7 +139,10 @@ def build_registry(operator: Operator) -> kopf.OperatorRegistry:
     @kopf.on.startup(registry=registry, backoff=5)
     async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
         configure(settings)
-        await operator.start()
+        try:
+            await operator.start()
+        except ClusterError as error:
+            raise kopf.TemporaryError(str(error), delay=5) from error
 
     @kopf.on.cleanup(registry=registry)
     async def stop(**_: Any) -> None:

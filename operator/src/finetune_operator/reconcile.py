@@ -44,11 +44,12 @@ RESYNC_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Done:
-    """What a reconcile leaves behind: when to look again by itself (seconds, None: at the next event), and the
-    resourceVersion of its status write, whose own event needs no reconcile."""
+    """What a reconcile leaves behind: when to look again by itself (seconds, None: at the next event), the
+    resourceVersion of its status write, whose own event needs no reconcile, and whether the job does not exist."""
 
     again_after: float | None = None
     written_version: str | None = None
+    gone: bool = False
 
 
 async def reconcile(
@@ -68,7 +69,7 @@ async def reconcile(
     """
     body = await observe.read_job(client, namespace, name)
     if body is None or body["metadata"].get("deletionTimestamp"):
-        return Done()
+        return Done(gone=body is None)
     try:
         job = parse_job(body)
         problems = unavailable_features(job.spec)
@@ -78,17 +79,18 @@ async def reconcile(
         return await _expire(client, job, now)
     if problems:
         words = "; ".join(str(problem) for problem in problems)
-        return await _refuse(client, body, Reason.FEATURE_NOT_AVAILABLE, words, now, instance)
+        return await _refuse(client, body, Reason.FEATURE_NOT_AVAILABLE, words, now, instance, job=job)
 
     observed = await _observe(client, job)
     try:
         pipeline = derive_pipeline(job, observed, settings, now)
     except ParallelismError as error:
-        return await _refuse(client, body, Reason.INVALID_SPEC, str(error), now, instance)
+        return await _refuse(client, body, Reason.INVALID_SPEC, str(error), now, instance, job=job)
     problem = None
-    if any(stage.is_new for stage in pipeline.stages):
+    start = next((stage.start for stage in pipeline.stages if stage.is_new), None)
+    if start is not None:
         observed = await _observe_prerequisites(client, job, observed)
-        problem = find_missing(job, observed)
+        problem = find_missing(job, observed, start)
     desired = desired_state(job, observed, pipeline, settings, now)
     problem = await _bring_about(client, job, desired, problem)
     status = derive_status(job, observed, pipeline, now, problem=problem, progress=progress)
@@ -165,12 +167,21 @@ async def _expire(client: Client, job: FineTuneJob, now: datetime) -> Done:
 
 
 async def _refuse(
-    client: Client, body: Mapping[str, Any], reason: Reason, message: str, now: datetime, instance: str
+    client: Client,
+    body: Mapping[str, Any],
+    reason: Reason,
+    message: str,
+    now: datetime,
+    instance: str,
+    *,
+    job: FineTuneJob | None = None,
 ) -> Done:
-    """Say what is wrong with the spec, once; nothing is tried again until the spec changes."""
+    """Say what is wrong with the spec, once; nothing is tried again until the spec changes. `job` where it parses."""
     before = parse_status(body.get("status"))
     after = refused_status(before, body["metadata"].get("generation") or 0, reason, message, now)
-    return Done(written_version=await _report(client, body, before, after, now, instance))
+    version = await _report(client, body, before, after, now, instance)
+    expiry = _expiry(job, after.completion_time) if job is not None and after.completion_time is not None else None
+    return Done(None if expiry is None else seconds_until(expiry, now), version)
 
 
 async def _report(

@@ -166,6 +166,22 @@ def test_exit_0_without_a_valid_report_is_a_failure(stage: str, message: str) ->
     assert (outcome.result, outcome.reason, outcome.counts) == (Result.RETRY, Reason.REPORT_MISSING, True)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param('{"contractVersion":1,"stage":"train","exitCode":0,"artifacts":[1]}', id="artifacts as a list"),
+        pytest.param('{"contractVersion":1,"stage":"train","exitCode":0,"metrics":[1]}', id="metrics as a list"),
+        pytest.param('{"contractVersion":1,"stage":"train","exitCode":0,"metrics":{"loss":NaN}}', id="a NaN"),
+        pytest.param("[" * 4096, id="a deep one"),
+    ],
+)
+def test_a_malformed_report_is_an_outcome_and_no_exception(text: str) -> None:
+    outcome = derive_outcome(attempt(done_pod(0, text), completions=1))
+    assert outcome is not None
+    assert outcome.reason is Reason.REPORT_MISSING
+    assert find_outcome(outcome_annotations(outcome)) == outcome
+
+
 def test_a_job_that_failed_without_a_pod_to_ask_is_a_lost_pod() -> None:
     outcome = derive_outcome(attempt(failed=Note("BackoffLimitExceeded", "Job has reached the backoff limit")))
     assert outcome is not None

@@ -59,6 +59,16 @@ def test_switched_off_stages_are_skipped() -> None:
     assert simulation.body["status"]["phase"] == "Succeeded"
 
 
+def test_a_job_whose_pods_are_refused_says_where_to_look() -> None:
+    simulation = Simulation()
+    simulation.settle()
+    simulation.pods.clear()
+    pipeline, _ = simulation.decide()
+    assert pipeline.wake_at == simulation.now + timedelta(seconds=10)
+    status = simulation.settle(10)
+    assert f"kubectl describe job {simulation.created_jobs[0]}" in (status.message or "")
+
+
 def test_a_users_error_fails_the_job_at_once() -> None:
     simulation = Simulation()
     simulation.settle()
@@ -189,6 +199,50 @@ def test_an_upgrade_of_the_operator_leaves_a_started_stage_alone() -> None:
     simulation.settle()
     image = simulation.jobs[simulation.created_jobs[-1]]["spec"]["template"]["spec"]["containers"][0]["image"]
     assert image == "registry.example/finetune-trainer:new"
+
+
+@pytest.mark.parametrize("suspended", [False, True], ids=["as it is", "after a suspension"])
+def test_a_default_image_that_cannot_be_pulled_is_replaced_by_the_corrected_one(suspended: bool) -> None:
+    simulation = Simulation()
+    simulation.settle()
+    (pod,) = simulation.pods_of("prepare")
+    waiting = {"reason": "ImagePullBackOff", "message": "no such tag"}
+    pod["status"]["containerStatuses"] = [{"name": "stage", "state": {"waiting": waiting}}]
+    if suspended:
+        simulation.change(suspend=True)
+        simulation.settle()
+        simulation.change(suspend=False)
+    simulation.settings = type(simulation.settings)(trainer_image="registry.example/finetune-trainer:right")
+    simulation.settle()
+    (job,) = simulation.jobs.values()
+    assert job["spec"]["template"]["spec"]["containers"][0]["image"] == "registry.example/finetune-trainer:right"
+
+
+def test_an_upgrade_while_the_job_is_suspended_leaves_a_started_stage_alone() -> None:
+    simulation = Simulation()
+    walk(simulation, "prepare")
+    for pod in simulation.pods_of("train"):
+        pod["status"]["containerStatuses"] = [{"name": "stage", "state": {"running": {}}}]
+    simulation.change(suspend=True)
+    simulation.settle()
+    simulation.settings = type(simulation.settings)(trainer_image="registry.example/finetune-trainer:new")
+    simulation.change(suspend=False)
+    simulation.settle()
+    before, after = simulation.created_jobs[1:]
+    assert (before.removesuffix("-1"), after[-2:]) == (after.removesuffix("-2"), "-2"), "the same digest goes on"
+
+
+def test_the_objects_of_endless_faults_of_the_infrastructure_do_not_heap_up() -> None:
+    simulation = Simulation()
+    walk(simulation, "prepare")
+    for _ in range(30):
+        simulation.fail_stage("train", ExitCode.INTERRUPTED)
+        simulation.settle()
+        status = simulation.settle(80)
+    assert status.restarts == 30
+    kept = [name for name in simulation.config_maps if "train" in name]
+    assert len(kept) == len(status.attempts) + 1 == 20
+    assert len(simulation.services) == len(simulation.jobs) - 1 == 20
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from builders import job_body
 from simulated import START, Simulation
 
 from finetune_operator.api.constants import Reason
@@ -11,6 +12,7 @@ from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.core.events import derive_events
 from finetune_operator.core.failure import Waiting
 from finetune_operator.core.figures import Progress
+from finetune_operator.core.prerequisites import find_missing
 from finetune_operator.core.stages import derive_pipeline
 from finetune_operator.core.status import derive_status, refused_status
 from finetune_trainer.contract import ExitCode
@@ -141,3 +143,29 @@ def test_events_tell_each_transition_once() -> None:
         "StageSucceeded",
         "Succeeded",
     ]
+
+
+def test_an_events_note_is_cut_by_bytes_as_the_api_server_counts_them() -> None:
+    simulation = Simulation()
+    before = simulation.settle()
+    after = refused_status(before, 2, Reason.INVALID_SPEC, "…" * 1000, START)
+    notes = [event.message for event in derive_events(before, after)]
+    assert notes
+    assert all(0 < len(note.encode()) <= 1024 for note in notes)
+
+
+def test_a_secret_that_only_a_finished_stage_read_may_be_gone() -> None:
+    simulation = Simulation(body=job_body(model={"tokenSecretRef": {"name": "hub", "key": "token"}}))
+    missing = []
+    for run in ("prepare", None):
+        observed = simulation.observe()
+        pipeline = derive_pipeline(simulation.job, observed, simulation.settings, START)
+        start = next(stage.start for stage in pipeline.stages if stage.is_new)
+        assert start is not None
+        missing.append(find_missing(simulation.job, observed, start))
+        if run:
+            simulation.step()
+            simulation.run_stage(run)
+    assert missing[0] is not None
+    assert missing[0].reason is Reason.SECRET_MISSING
+    assert missing[1] is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from kubernetes.aio import client as kubernetes_client
 from finetune_operator.api.constants import Reason
 from finetune_operator.kube.apply import ChildRefused, apply_child, write_record
 from finetune_operator.kube.client import Client, ClusterError, object_path
-from finetune_operator.kube.observe import observe_secret_keys
+from finetune_operator.kube.observe import check_kind_is_served, observe_children, observe_secret_keys
 
 Server = kmock_library.RawHandler
 pytestmark = pytest.mark.kmock(cls=Server)
@@ -93,6 +94,70 @@ async def test_a_quota_is_told_as_such(kmock: Server, client: Client) -> None:
     with pytest.raises(ChildRefused, match="exceeded quota: compute") as caught:
         await apply_child(client, owned(), job_name="tiny", job_uid=UID)
     assert caught.value.reason == Reason.QUOTA_EXCEEDED
+
+
+@pytest.mark.parametrize("code", [400, 403, 422])
+async def test_a_manifest_that_is_refused_for_good_is_told_to_people(kmock: Server, client: Client, code: int) -> None:
+    kmock[f"get {PATH}"] << refusal(404)
+    kmock[f"patch {PATH}"] << refusal(code, "requests: must be less than or equal to cpu limit of 1")
+    with pytest.raises(ChildRefused, match=r"cpu limit of 1.*Correct spec.stages") as caught:
+        await apply_child(client, owned(), job_name="tiny", job_uid=UID)
+    assert caught.value.reason == Reason.CHILD_REFUSED
+
+
+async def test_a_servers_trouble_is_not_the_manifests(kmock: Server, client: Client) -> None:
+    kmock[f"get {PATH}"] << refusal(404)
+    kmock[f"patch {PATH}"] << refusal(429)
+    with pytest.raises(ClusterError, match="429"):
+        await apply_child(client, owned(), job_name="tiny", job_uid=UID)
+
+
+async def test_an_answer_that_is_no_json_object_is_no_empty_list(kmock: Server, client: Client) -> None:
+    kmock["get " + object_path("Pod", "team-a")] << b"<html>"
+    with pytest.raises(ClusterError, match="something else than a JSON object"):
+        await client.list("Pod", "team-a", "a=b")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(refusal(404), id="no such group"),
+        pytest.param({"resources": [{"name": "others"}]}, id="another kind of the group"),
+    ],
+)
+async def test_a_missing_crd_is_an_error_with_its_name(kmock: Server, client: Client, answer: Any) -> None:
+    kmock["get /apis/finetune-operator.io/v1alpha1"] << answer
+    with pytest.raises(ClusterError, match=r"install CRD finetunejobs\.finetune-operator\.io"):
+        await check_kind_is_served(client)
+
+
+async def test_a_crd_that_is_there_is_found(kmock: Server, client: Client) -> None:
+    kmock["get /apis/finetune-operator.io/v1alpha1"] << {"resources": [{"name": "finetunejobs"}]}
+    await check_kind_is_served(client)
+
+
+async def test_pods_are_read_after_jobs(kmock: Server, client: Client) -> None:
+    asked, too_early = asyncio.Event(), []
+
+    async def jobs(_: kmock_library.Request) -> dict[str, Any]:
+        try:
+            await asyncio.wait_for(asked.wait(), timeout=0.2)
+        except asyncio.TimeoutError:
+            return {"items": []}
+        too_early.append("Pod")
+        return {"items": []}
+
+    async def pods(_: kmock_library.Request) -> dict[str, Any]:
+        asked.set()
+        return {"items": []}
+
+    for kind in ("ConfigMap", "Service"):
+        kmock["get " + object_path(kind, "team-a")] << {"items": []}
+    kmock["get " + object_path("Job", "team-a")] << jobs
+    kmock["get " + object_path("Pod", "team-a")] << pods
+    await observe_children(client, "team-a", "a=b")
+    assert asked.is_set()
+    assert too_early == []
 
 
 async def test_deletion_is_in_the_background_and_of_this_very_object(kmock: Server, client: Client) -> None:

@@ -67,6 +67,8 @@ def test_many_posts_wake_the_job_every_five_seconds() -> None:
         pytest.param({"step": -1, "totalSteps": 2}, id="a negative step"),
         pytest.param({"step": 1, "totalSteps": 2, "loss": math.inf}, id="an infinite loss"),
         pytest.param({"step": 1, "totalSteps": 2, "tokensPerSecond": "9"}, id="a text"),
+        pytest.param({"step": 1, "totalSteps": 2**63}, id="more than 64 bits"),
+        pytest.param({"step": 1, "totalSteps": 2, "loss": 10**400}, id="more than a float holds"),
     ],
 )
 def test_a_wrong_post_is_refused(facts: dict[str, Any]) -> None:

@@ -164,11 +164,21 @@ def test_the_newest_checkpoints_are_kept_by_step_and_at_least_one(tmp_path: Path
     for step in (2, 10, 6):
         write(tmp_path, step, 1)
     (tmp_path / ".step-00000012.tmp-0a").mkdir()
-    removed = remove_old_checkpoints(tmp_path, 2)
+    removed = remove_old_checkpoints(tmp_path, 10, 2)
     assert [path.name for path in removed] == ["step-00000002"]
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000010", "step-00000006"]
-    remove_old_checkpoints(tmp_path, 0)
+    remove_old_checkpoints(tmp_path, 10, 0)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000010"]
+
+
+def test_a_newer_checkpoint_that_is_damaged_does_not_cost_the_one_just_written(tmp_path: Path) -> None:
+    for step in (4, 6, 9):
+        write(tmp_path, step, 1)
+    (tmp_path / "step-00000009" / rank_file_name(0)).write_bytes(b"cut")
+    assert [path.name for path in remove_old_checkpoints(tmp_path, 6, 1)] == ["step-00000004"]
+    found, _ = find_last_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 6
 
 
 def test_differences_name_every_field_with_both_values() -> None:

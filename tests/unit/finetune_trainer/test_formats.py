@@ -51,6 +51,7 @@ def test_records_become_examples(format_name: str, record: dict[str, Any], expec
     [
         pytest.param("dolly", "Who?", None, id="dolly without context"),
         pytest.param("dolly", "Who?", "We.", id="dolly with context"),
+        pytest.param("dolly", "Who?", " \n", id="dolly with a blank context"),
         pytest.param("samsum", "A: Hi", None, id="samsum"),
         pytest.param("promptCompletion", "1+1=", None, id="prompt and completion"),
     ],
@@ -82,6 +83,8 @@ def test_evaluation_asks_with_the_string_that_was_trained(format_name: str, text
         pytest.param("samsum", {"dialogue": None, "summary": "x"}, "dialogue", "found null None", id="null"),
         pytest.param("samsum", ["x"], "", "expected an object, found a list ['x']", id="no object"),
         pytest.param("samsum", {}, "dialogue", "the record has no fields", id="an empty object"),
+        pytest.param("samsum", {"\ud83d": 1}, "dialogue", "has \\ud83d", id="half a character in a name"),
+        pytest.param("samsum", {"x" * 999: 1}, "dialogue", "x…", id="a long name is shortened"),
         pytest.param(
             "promptCompletion",
             {"prompt": "x", "completion": "\ud83d"},

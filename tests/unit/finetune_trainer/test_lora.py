@@ -82,3 +82,10 @@ def test_a_target_module_that_the_model_lacks_is_refused_with_what_it_has(tiny_m
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     with pytest.raises(UserError, match=r"'query_key_value' names no linear layer .* q_proj \(2\)"):
         add_adapter(base, method(targetModules=["q_proj", "query_key_value"]), 1)
+
+
+def test_an_output_layer_that_is_the_embedding_is_refused_before_training(tiny_model: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, tie_word_embeddings=True)
+    with pytest.raises(UserError, match="'lm_head', whose weight the model also uses as its embedding") as caught:
+        add_adapter(base, method(targetModules=["q_proj", "lm_head"]), 1)
+    assert caught.value.reason == "TiedEmbeddings"

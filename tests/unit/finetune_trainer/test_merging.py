@@ -358,6 +358,19 @@ def forgotten_tensor(base: Path) -> None:
     edit_index(base, lambda weights: {name: file for name, file in weights.items() if name != "model.norm.weight"})
 
 
+def test_of_a_single_file_and_shards_the_one_that_transformers_loads_is_taken(
+    tmp_path: Path, tiny_model_module: ModuleType
+) -> None:
+    base = tiny_model_module.write_tiny_model(tmp_path / "base", sharded=True)
+    shutil.copy(
+        tiny_model_module.write_tiny_model(tmp_path / "other", seed=5) / "model.safetensors", base / "model.safetensors"
+    )
+    model = AutoModelForCausalLM.from_pretrained(base)
+    files = read_model_files(base)
+    assert [shard.path.name for shard in files.shards] == ["model.safetensors"]
+    assert torch.equal(model.lm_head.weight, load_file(files.shards[0].path)["lm_head.weight"])
+
+
 def edit_index(base: Path, edit: Any) -> None:
     path = base / "model.safetensors.index.json"
     index = json.loads(path.read_text())

@@ -279,6 +279,17 @@ def test_a_tokenizer_of_another_model_is_refused(base: Path, monkeypatch: pytest
     assert "vocab_size is 50" in report["message"]
 
 
+def test_a_padding_token_that_the_model_has_no_embedding_for_is_not_used(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = base / "base" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": "[PAD]"}))
+    assert run(make_config(base), monkeypatch)["exitCode"] == 0
+    vocabulary = json.loads((base / "base" / "config.json").read_text())["vocab_size"]
+    assert load_file(base / OUTPUT / "rows.safetensors")["input_ids"].max() < vocabulary
+
+
 def test_the_program_needs_no_home_no_torch_and_no_writable_root(base: Path, tmp_path: Path) -> None:
     config = make_config(base)
     (base / "stage.json").write_text(json.dumps(config.as_json()))

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from finetune_trainer.errors import UserError
 from finetune_trainer.records import Broken, Record, read_records
 
 A, B = {"x": "é"}, {"x": "2"}
+
+
+def broken_page() -> bytes:
+    """A Parquet file whose footer is whole and whose first page header is not."""
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table({"x": ["2"]}), file)
+    return b"PAR1" + b"\xff" * 8 + file.getvalue()[12:]
 
 
 @pytest.mark.parametrize(
@@ -26,6 +36,12 @@ A, B = {"x": "é"}, {"x": "2"}
         pytest.param("a.json", '[{"x":"é"},{"x":"2"}]', [(1, A), (1, B)], id="an array on one line"),
         pytest.param("a.json", "[]", [], id="an empty array"),
         pytest.param("a.json", '{"x":"é"}\n{"x":"2"}\n', [(1, A), (2, B)], id="lines in a .json file"),
+        pytest.param(
+            "a.jsonl",
+            '{"x":"é"}\n{"x":' + "1" * 5000 + "}\n" + "[" * 100_000 + '\n{"x":"2"}\n',
+            [(1, A), (2, "cannot be read: Exceeds the limit"), (3, "cannot be read: maximum recursion"), (4, B)],
+            id="a number of 5000 digits, 100000 brackets",
+        ),
         pytest.param("a.csv", 'x\né\n"2"\n', [(2, A), (3, B)], id="comma separated"),
         pytest.param(
             "a.csv",
@@ -49,9 +65,6 @@ def test_text_files(tmp_path: Path, name: str, contents: str | bytes, expected: 
 
 
 def test_parquet_rows_are_records(tmp_path: Path) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
     parquet.write_table(pyarrow.table({"x": ["é", "2"]}), tmp_path / "a.parquet")
     assert list(read_records(tmp_path / "a.parquet", "a.parquet")) == [
         Record("a.parquet", 1, A),
@@ -66,9 +79,11 @@ def test_parquet_rows_are_records(tmp_path: Path) -> None:
         pytest.param("a.json", b"[1 2]", "line 1: expected ',' or ']'", id="no comma"),
         pytest.param("a.json", b"[1]\nx", "more text after the array's end", id="text after the array"),
         pytest.param("a.json", b"[\n\xff]", "line 2: no UTF-8", id="an array that is no UTF-8"),
+        pytest.param("a.json", b"[" * 100_000, "line 1: JSON that cannot be read", id="an array that is too deep"),
         pytest.param("a.csv", b"", "is empty", id="no header"),
         pytest.param("a.csv", b'x\n"a', "line 2: no CSV", id="an open quote"),
         pytest.param("a.parquet", b"PAR1", "no whole Parquet file", id="a cut parquet file"),
+        pytest.param("a.parquet", broken_page(), "no whole Parquet file", id="a parquet file with a broken page"),
         pytest.param("a.txt", b"x", "files of type '.txt' cannot be read", id="another type"),
     ],
 )

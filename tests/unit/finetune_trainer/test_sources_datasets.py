@@ -70,7 +70,7 @@ CARD = [
     ],
 )
 def test_a_card_decides(options: dict[str, Any], expected: list[str]) -> None:
-    assert choose("a/2.jsonl", "a/1.jsonl", "b.jsonl", "t.jsonl", configs=CARD, **options) == expected
+    assert choose("a/2.jsonl", "a/1.jsonl", "a/old/3.jsonl", "b.jsonl", "t.jsonl", configs=CARD, **options) == expected
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,10 @@ def test_what_cannot_be_chosen_is_told(paths: list[str], options: dict[str, Any]
 @pytest.mark.parametrize(
     ("patterns", "expected"),
     [
-        pytest.param("*.jsonl", ["a.jsonl", "deep/b.jsonl"], id="a star crosses folders"),
+        pytest.param("*.jsonl", ["a.jsonl"], id="a star stays inside its folder"),
+        pytest.param("**.jsonl", ["a.jsonl", "deep/b.jsonl"], id="two stars cross folders"),
+        pytest.param("**/[!b-z].jsonl", ["a.jsonl"], id="not these letters"),
+        pytest.param("d??p/[abc].jsonl", ["deep/b.jsonl"], id="one letter, one of these"),
         pytest.param(["**/b.jsonl", "c.csv"], ["c.csv", "deep/b.jsonl"], id="several patterns"),
         pytest.param("**/a.jsonl", ["a.jsonl"], id="two stars are also no folder"),
     ],

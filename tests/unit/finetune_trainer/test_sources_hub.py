@@ -213,6 +213,36 @@ def test_a_token_with_access_opens_a_gated_repository(
     assert not any(TOKEN.encode() in file.read_bytes() for file in path.rglob("*") if file.is_file())
 
 
+def test_a_signed_address_of_the_hubs_storage_is_in_no_message(
+    hub: Any, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.moved["model.safetensors"] = f"{hub.endpoint}/storage?X-Amz-Signature=abc&y=1"
+    with pytest.raises(UserError) as caught:
+        fetch(workspace)
+    assert caught.value.reason == "HubRefused"
+    assert "/storage?…" in caught.value.message
+    assert "Signature" not in caught.value.message + capsys.readouterr().out
+
+
+def test_an_address_whose_signature_ran_out_is_asked_for_again(
+    hub: Any, hub_server_module: ModuleType, workspace: Path
+) -> None:
+    with hub_server_module.Hub(refused=403) as storage:
+        hub.moved["model.safetensors"] = f"{storage.endpoint}/model?signature=old"
+        with pytest.raises(UserError) as caught:
+            fetch(workspace)
+        assert caught.value.reason == "AccessDenied"
+        assert len(storage.requests) == 5
+
+
+def test_a_hub_that_lists_a_path_that_climbs_out_is_refused(hub: Any, workspace: Path) -> None:
+    hub.repos["org/base"].files["../../out.jsonl"] = b"{}"
+    opened = source(workspace, repo_type="dataset")
+    with pytest.raises(UserError) as caught:
+        fetch_dataset(opened, root=workspace / "d" / "e", split="train", configuration=None, files="**/*.jsonl")
+    assert caught.value.reason == "UnsafePath"
+
+
 def test_a_hub_that_cannot_be_reached_is_worth_another_try(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

@@ -130,6 +130,7 @@ class OutOfMemoryError(RuntimeError):
         pytest.param(contract.ContractError("x"), UserError, id="contract error"),
         pytest.param(OSError(errno.ENOSPC, "No space left on device", "/w/x"), RetryableError, id="volume full"),
         pytest.param(OSError(errno.ESTALE, "Stale file handle", "/w/x"), RetryableError, id="volume went away"),
+        pytest.param(OSError(errno.ESHUTDOWN, "Cannot send", "/w/x"), RetryableError, id="evicted by the file server"),
         pytest.param(PermissionError(errno.EACCES, "Permission denied", "/w/x"), UserError, id="permission denied"),
         pytest.param(CorruptArtifact("x"), CorruptArtifact, id="a stage error is itself"),
         pytest.param(ValueError("x"), type(None), id="anything else is a bug"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from finetune_trainer import contract, training
 from finetune_trainer.backends import IGNORED, MicroBatch, ModelPlan
 from finetune_trainer.backends.torch import TorchBackend
 from finetune_trainer.batches import PreparedRows, open_rows
-from finetune_trainer.errors import CorruptArtifact, UserError
+from finetune_trainer.errors import CorruptArtifact, RetryableError, UserError
 from finetune_trainer.progress import Progress, ProgressPoster
 from finetune_trainer.training import TrainingPlan, chunk_seed, learning_rate
 
@@ -189,6 +190,28 @@ def test_training_lowers_the_loss_and_leaves_log_and_checkpoint(
     assert (outcome.timings.steps, outcome.timings.checkpoints) == (4, 2)
     assert "step 4/4  loss " in capsys.readouterr().out
     assert len((tmp_path / "work/training.jsonl").read_text().splitlines()) == 4
+
+
+class Overtaken(TorchBackend):
+    """A rank that hears of a checkpoint which an earlier attempt, not yet dead, then removes."""
+
+    root: Path
+
+    def broadcast(self, value: Any) -> Any:
+        for path in self.root.glob("step-*"):
+            shutil.rmtree(path)
+        return value
+
+
+def test_a_checkpoint_that_goes_away_while_it_is_resumed_is_worth_another_try(
+    make_backend: Callable[..., TorchBackend], tmp_path: Path
+) -> None:
+    rows = open_rows(write_prepared(tmp_path / "p", steps=4, global_batch_size=8), 8)
+    run(make_backend(), make_plan(), rows, tmp_path / "work")
+    backend = Overtaken("cpu")
+    backend.root = tmp_path / "work" / training.CHECKPOINTS_FOLDER
+    with pytest.raises(RetryableError, match="CheckpointChanged: .*step-00000004 changed while training started"):
+        training.resume(backend, make_plan(), backend.root)
 
 
 def test_a_loss_that_is_no_number_stops_with_step_and_remedy(

@@ -97,12 +97,17 @@ class PreparedRows:
         return targets
 
 
+def read_data(folder: Path) -> dict[str, Any]:
+    """data.json of the prepare artifact in `folder`: what there is to know of the data besides the rows."""
+    data: dict[str, Any] = json.loads((folder / DATA_NAME).read_bytes())
+    return data
+
+
 def open_rows(folder: Path, global_batch_size: int) -> PreparedRows:
     """The rows of the prepare artifact in `folder`; CorruptArtifact when files or shapes do not fit together."""
     arrays = _open_arrays(folder / ROWS_NAME)
     order = _map(folder / ORDER_NAME, "order")
-    data: dict[str, Any] = json.loads((folder / DATA_NAME).read_bytes())
-    max_steps = data["maxSteps"]
+    max_steps = read_data(folder)["maxSteps"]
     if order.shape != (max_steps * global_batch_size,):
         raise UserError(
             "BatchArithmetic",

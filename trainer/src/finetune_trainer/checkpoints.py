@@ -202,9 +202,14 @@ def find_last_checkpoint(root: Path) -> tuple[Checkpoint | None, list[Damage]]:
     return None, damaged
 
 
-def remove_old_checkpoints(root: Path, keep: int) -> list[Path]:
-    """Remove all but the `keep` newest (at least one) checkpoints under `root`; returns the removed folders."""
-    removed = list_checkpoints(root)[max(1, keep) :]
+def remove_old_checkpoints(root: Path, step: int, keep: int) -> list[Path]:
+    """Remove all but the `keep` newest (at least one) checkpoints up to `step` under `root`; returns the removed ones.
+
+    Those beyond the step that was just written did not verify when training resumed, or are another attempt's: they
+    must not count, or the good ones would go instead of them.
+    """
+    newest = checkpoint_folder(root, step).name
+    removed = [path for path in list_checkpoints(root) if path.name <= newest][max(1, keep) :]
     for path in removed:
         remove_artifact(path)
     return removed

@@ -322,16 +322,23 @@ def encode_report(report: Report) -> bytes:
     )
 
 
+def _refuse_constant(word: str) -> Any:
+    raise ContractError(f"{word} is no JSON number")
+
+
 def parse_report(text: str | bytes) -> Report:
     """Report from a termination message; ContractError when it is none of ours (kubelet writes its own words there)."""
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise ContractError(f"the termination message is no report: {error}") from error
     if not isinstance(value, Mapping) or value.get("contractVersion") != CONTRACT_VERSION:
         raise ContractError("the termination message is no report of this contract version")
     if value.get("stage") not in STAGES or not isinstance(value.get("exitCode"), int):
         raise ContractError(f"the report's stage {value.get('stage')!r} or exitCode {value.get('exitCode')!r} is wrong")
+    for name in ("artifacts", "metrics"):
+        if not isinstance(value.get(name) or {}, Mapping):
+            raise ContractError(f"the report's {name} must be an object, got {value[name]!r}")
     artifacts = value.get("artifacts") or {}
     return Report(
         stage=value["stage"],

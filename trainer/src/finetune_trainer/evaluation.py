@@ -21,6 +21,7 @@ from finetune_trainer.attention_masks import document_mask
 from finetune_trainer.backends import IGNORED, MicroBatch
 from finetune_trainer.batches import PreparedRows
 from finetune_trainer.errors import UserError
+from finetune_trainer.model_loading import load_causal_model
 from finetune_trainer.tokenization import Encoder
 
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -62,24 +63,9 @@ def load_model(
 ) -> Any:
     """The model of `folder` in its own dtype, with the peft adapter in `adapter` on it.
 
-    UserError when transformers cannot load it.
+    UserError when it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            attn_implementation="sdpa",
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            "ModelNotLoadable", f"transformers cannot load {folder.name} as a causal language model: {error}"
-        ) from error
-    model = model.to(device).eval()
+    model = load_causal_model(folder, dtype="auto", trust_remote_code=trust_remote_code).to(device).eval()
     return model if adapter is None else add_adapter(model, adapter)
 
 

@@ -55,7 +55,8 @@ def build_prompt(format_name: str, text: str, context: str | None = None) -> str
             "InvalidPrompt", f"format {format_name} has no context, got {_shown(context)}: put it into the text"
         )
     if format_name == DOLLY:
-        middle = f"### Context\n{context}\n\n" if context else ""
+        # Blank context is how the dataset's own files write "none".
+        middle = f"### Context\n{context}\n\n" if context and context.strip() else ""
         return f"### Instruction\n{text}\n\n{middle}### Answer\n"
     if format_name == SAMSUM:
         return f"Summarize the chat dialogue:\n{text}\n---\nSummary:\n"
@@ -79,8 +80,6 @@ def build_example(format_name: str, record: Any) -> Example:
             raise RecordError("context", f"expected text or nothing, found {_type_name(context)} {_shown(context)}")
         if context:
             _check_unicode("context", context)
-        # Blank context is how the dataset's own files write "none".
-        context = context if context and context.strip() else None
         return Example(build_prompt(DOLLY, _text(record, "instruction"), context), _text(record, "response"))
     if format_name == SAMSUM:
         return Example(build_prompt(SAMSUM, _text(record, "dialogue")), _text(record, "summary"))
@@ -89,7 +88,7 @@ def build_example(format_name: str, record: Any) -> Example:
 
 def _text(record: Mapping[str, Any], field: str) -> str:
     if field not in record:
-        raise RecordError(field, f"missing; the record has {', '.join(map(str, record)) or 'no fields'}")
+        raise RecordError(field, f"missing; the record has {_names(record)}")
     value = record[field]
     if not isinstance(value, str):
         raise RecordError(field, f"expected text, found {_type_name(value)} {_shown(value)}")
@@ -114,6 +113,12 @@ def _type_name(value: Any) -> str:
         float: "a number",
     }
     return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _names(record: Mapping[str, Any]) -> str:
+    # A name comes from the file, too: half a character in it could not be written into any report.
+    text = ", ".join(map(str, record)).encode("utf-8", "backslashreplace").decode()
+    return (text if len(text) <= 2 * _SHOWN else text[: 2 * _SHOWN] + "…") or "no fields"
 
 
 def _shown(value: Any) -> str:

@@ -49,11 +49,13 @@ def lora_config(method: Mapping[str, Any]) -> LoraConfig:
 def add_adapter(model: Any, method: Mapping[str, Any], seed: int) -> PeftModel:
     """`model` with a new LoRA adapter in float32, started from `seed`; everything else is frozen.
 
-    UserError when one of targetModules names no linear layer of the model. RuntimeError (a bug) when the number of
+    UserError when one of targetModules names no linear layer of the model, or its output layer where that is the
+    embedding, which could not be merged. RuntimeError (a bug) when the number of
     trainable parameters is not what arithmetic gives.
     """
     config = lora_config(method)
     expected = expected_parameters(model, config)
+    _check_tied_layer(model, config)
     torch.manual_seed(seed)
     adapted = get_peft_model(model, config, adapter_name=_ADAPTER)
     for parameter in adapted.parameters():
@@ -80,6 +82,19 @@ def expected_parameters(model: Any, config: LoraConfig) -> int:
             )
         total += sum(config.r * (module.in_features + module.out_features) for module in matched)
     return total
+
+
+def _check_tied_layer(model: Any, config: LoraConfig) -> None:
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
+    output = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is output), None)
+    if name and any(name == target or name.endswith(f".{target}") for target in config.target_modules):
+        raise UserError(
+            "TiedEmbeddings",
+            f"method.lora.targetModules names {name!r}, whose weight the model also uses as its embedding "
+            "(tie_word_embeddings), so the adapter could not be merged: leave it out",
+        )
 
 
 def file_name(parameter: str) -> str:

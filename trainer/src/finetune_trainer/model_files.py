@@ -47,12 +47,13 @@ def read_model_files(folder: Path) -> ModelFiles:
     in two shards, or when the index and the shards do not say the same.
     """
     index_path = folder / INDEX_NAME
-    if index_path.is_file():
-        weight_map = _read_weight_map(index_path)
-        names = sorted(set(weight_map.values()))
-    elif (folder / SINGLE_NAME).is_file():
+    # Where both are there transformers takes the single file: what was trained must be what is merged.
+    if (folder / SINGLE_NAME).is_file():
         weight_map = None
         names = [SINGLE_NAME]
+    elif index_path.is_file():
+        weight_map = _read_weight_map(index_path)
+        names = sorted(set(weight_map.values()))
     else:
         raise UserError(
             "NoSafetensors",

@@ -69,6 +69,9 @@ def _read_json_lines(path: Path, name: str) -> Iterator[Record | Broken]:
                 yield Broken(name, line, f"no UTF-8 at byte {error.start + 1} of the line")
             except json.JSONDecodeError as error:
                 yield Broken(name, line, f"no JSON: {error.msg} at column {error.colno}")
+            except (ValueError, RecursionError) as error:
+                # a number of thousands of digits, or thousands of brackets
+                yield Broken(name, line, f"JSON that cannot be read: {error}")
 
 
 def _read_json(path: Path, name: str) -> Iterator[Record | Broken]:
@@ -92,6 +95,8 @@ def _read_json(path: Path, name: str) -> Iterator[Record | Broken]:
             raise UserError(
                 "DatasetNotReadable", f"{name}, line {error.lineno}, column {error.colno}: no JSON: {error.msg}"
             ) from error
+        except (ValueError, RecursionError) as error:
+            raise UserError("DatasetNotReadable", f"{name}, line {line}: JSON that cannot be read: {error}") from error
         yield Record(name, line, value)
         position = _skip_space(text, position)
         if text.startswith(",", position):
@@ -136,7 +141,10 @@ def _read_parquet(path: Path, name: str) -> Iterator[Record | Broken]:
                 for value in batch.to_pylist():
                     row += 1
                     yield Record(name, row, value)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        # pyarrow tells of broken pages by OSErrors without a number; those with one are the volume's
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise UserError("DatasetNotReadable", f"{name} is no whole Parquet file: {error}") from error
 
 

@@ -31,6 +31,8 @@ VOLATILE_METRICS = frozenset({"seconds", "tokensPerSecond", "resumedFromStep"})
 """Metrics that differ between equal runs: for the report only, a manifest's digest must not depend on them."""
 
 _REPORT = "report"
+_STORAGE_ERRORS = frozenset({errno.EIO, errno.ESTALE, errno.EROFS, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN})
+"""What a volume answers that is away; Lustre gives the last two to a client that its server has evicted."""
 _SECRET_WORDS = ("token", "password", "secret", "credential")
 
 
@@ -158,7 +160,7 @@ def as_stage_error(error: Exception) -> StageError | None:
         return UserError(
             "PermissionDenied", f"{error.strerror}: {error.filename}: let user {os.getuid()} or its group use that path"
         )
-    if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
         return RetryableError("StorageFailed", f"{error.strerror} at {error.filename or 'a file'}: check the volume")
     return None
 

@@ -38,7 +38,7 @@ from finetune_trainer.checkpoints import (
     write_rank_file,
 )
 from finetune_trainer.contract import canonical_json
-from finetune_trainer.errors import Interrupted, UserError
+from finetune_trainer.errors import CorruptArtifact, Interrupted, RetryableError, UserError
 from finetune_trainer.progress import Progress
 from finetune_trainer.training_log import LOG_NAME, TrainingLog, read_losses
 
@@ -144,6 +144,7 @@ def resume(backend: Backend, plan: TrainingPlan, root: Path) -> Checkpoint | Non
     """Load the newest checkpoint under `root` that verifies into the built backend; None when there is none. All ranks.
 
     Damaged newer ones are named in the log. UserError lists each field in which the checkpoint is another job's.
+    RetryableError when it changed or went away meanwhile, as it does where an attempt before this one still writes.
     """
     choice: tuple[str, str] | None = None
     if backend.rank == 0:
@@ -155,13 +156,18 @@ def resume(backend: Backend, plan: TrainingPlan, root: Path) -> Checkpoint | Non
     if choice is None:
         return None
     name, digest = choice
-    checkpoint = read_checkpoint(root / name, contents=False)
-    if checkpoint.digest != digest:
-        raise UserError(
-            "CheckpointChanged", f"{root / name} changed while training started: is another job writing there?"
-        )
-    _check_identity(backend, plan, checkpoint)
-    backend.load(checkpoint)
+    try:
+        checkpoint = read_checkpoint(root / name, contents=False)
+        if checkpoint.digest != digest:
+            raise CorruptArtifact(f"it has digest {checkpoint.digest}, rank 0 verified {digest}")
+        _check_identity(backend, plan, checkpoint)
+        backend.load(checkpoint)
+    except CorruptArtifact as error:
+        raise RetryableError(
+            "CheckpointChanged",
+            f"{root / name} changed while training started, as an earlier attempt that still writes there would do: "
+            f"{error.message}",
+        ) from error
     if checkpoint.world_size != backend.world_size and backend.rank == 0:
         print(
             f"checkpoint {name} was written by {checkpoint.world_size} ranks, going on with {backend.world_size}: "
@@ -298,7 +304,7 @@ class _Run:
         self.timings.checkpoint_seconds += seconds
         self.timings.checkpoints += 1
         if self.log:
-            remove_old_checkpoints(self.root, self.plan.keep_checkpoints)
+            remove_old_checkpoints(self.root, done, self.plan.keep_checkpoints)
             self.progress.saved(done, seconds)
 
     def _log(self, done: int, rate: float, norm: float) -> None:

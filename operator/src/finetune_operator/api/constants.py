@@ -147,6 +147,7 @@ class Reason(Word):
     SECRET_MISSING = "SecretMissing", "A referenced Secret or its key does not exist in the job's namespace."
     CONTAINER_CONFIG_ERROR = "ContainerConfigError", "The kubelet cannot make the stage's container."
     QUOTA_EXCEEDED = "QuotaExceeded", "A quota of the namespace refuses the stage's objects."
+    CHILD_REFUSED = "ChildRefused", "The API server or a policy refuses an object of the stage; the message says why."
     # how it ended
     RETRIES_EXHAUSTED = "RetriesExhausted", "A stage failed more often than retryPolicy.maxRetries allows."
     DEADLINE_EXCEEDED = "DeadlineExceeded", "The job took longer than activeDeadlineSeconds."

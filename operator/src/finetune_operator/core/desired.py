@@ -14,6 +14,7 @@ from typing import Any
 from finetune_operator.api import constants
 from finetune_operator.api.constants import Reason, StageState
 from finetune_operator.api.finetunejob import FineTuneJob
+from finetune_operator.api.status import MAX_ATTEMPTS
 from finetune_operator.core import names
 from finetune_operator.core.failure import derive_outcome
 from finetune_operator.core.inputs import Start
@@ -78,7 +79,7 @@ def _records(job: FineTuneJob, observed: Observed, pipeline: Pipeline, now: date
             yield Record(JOB, attempt.job.name, outcome_annotations(ended))
         elif job.spec.suspend and attempt.config_map and not attempt.job.deleting:
             # The Job goes with the suspension; its ConfigMap stays and remembers that this attempt was one.
-            begun = attempt.job.created_at
+            begun = attempt.job.created_at if any(pod.running or pod.has_ended for pod in attempt.pods) else None
             words = "Stopped by spec.suspend."
             stopped = Outcome(Result.SUSPENDED, Reason.SUSPENDED, words, started_at=begun, finished_at=now)
             yield Record(CONFIG_MAP, attempt.name, outcome_annotations(stopped))
@@ -86,7 +87,7 @@ def _records(job: FineTuneJob, observed: Observed, pipeline: Pipeline, now: date
 
 def _deletions(job: FineTuneJob, observed: Observed, pipeline: Pipeline) -> Iterator[Deletion]:
     for attempt in observed.attempts:
-        if _is_unwanted(attempt, pipeline):
+        if _is_unwanted(attempt, pipeline) or _is_long_past(attempt, pipeline):
             yield from _whole(attempt)
             continue
         outcome = derive_outcome(attempt)
@@ -109,6 +110,18 @@ def _is_unwanted(attempt: Attempt, pipeline: Pipeline) -> bool:
     if plan is None or plan.state is StageState.SKIPPED:
         return True
     return plan.digest is not None and attempt.digest != plan.digest[:16]
+
+
+def _is_long_past(attempt: Attempt, pipeline: Pipeline) -> bool:
+    """True for an attempt that the status shows no more and that no retry is counted by.
+
+    Faults of the infrastructure may go on for days; the objects of their attempts must not heap up.
+    """
+    plan = _plan_of(attempt, pipeline)
+    if plan is None or plan.latest is None or plan.latest.number - attempt.number < MAX_ATTEMPTS:
+        return False
+    outcome = attempt.recorded
+    return outcome is None or (outcome.result is Result.RETRY and not outcome.counts)
 
 
 def _whole(attempt: Attempt) -> Iterator[Deletion]:
@@ -134,11 +147,12 @@ def _manifests(job: FineTuneJob, stage: StagePlan, settings: Settings) -> Iterat
         yield stage_job(job, start, settings)
 
 
-def _metadata(job: FineTuneJob, start: Start) -> dict[str, Any]:
+def _metadata(job: FineTuneJob, start: Start, annotations: Mapping[str, str] | None = None) -> dict[str, Any]:
     return {
         "name": start.name,
         "namespace": job.namespace,
         "labels": _labels(job, start),
+        **({"annotations": dict(annotations)} if annotations else {}),
         "ownerReferences": [
             {
                 "apiVersion": constants.API_VERSION,
@@ -161,7 +175,9 @@ def config_map(job: FineTuneJob, start: Start, settings: Settings) -> Manifest:
     data = {CONFIG_KEY: contract.canonical_json(start.config.as_json()).decode()}
     if settings.progress is not None:
         data[CA_KEY] = settings.progress.ca_certificate
-    return {"apiVersion": "v1", "kind": CONFIG_MAP, "metadata": _metadata(job, start), "immutable": True, "data": data}
+    # A suspended attempt's Job goes and its ConfigMap stays, so that one says the default image too.
+    metadata = _metadata(job, start, {ANNOTATION_DEFAULT_IMAGE: start.default_image})
+    return {"apiVersion": "v1", "kind": CONFIG_MAP, "metadata": metadata, "immutable": True, "data": data}
 
 
 def service(job: FineTuneJob, start: Start) -> Manifest:
@@ -182,8 +198,7 @@ def service(job: FineTuneJob, start: Start) -> Manifest:
 
 def stage_job(job: FineTuneJob, start: Start, settings: Settings) -> Manifest:
     """The batch/v1 Job of the attempt. It never retries by itself: attempts are the operator's."""
-    metadata = _metadata(job, start)
-    metadata["annotations"] = {ANNOTATION_DEFAULT_IMAGE: start.default_image}
+    metadata = _metadata(job, start, {ANNOTATION_DEFAULT_IMAGE: start.default_image})
     indexed = start.config.stage == contract.TRAIN
     return {
         "apiVersion": "batch/v1",

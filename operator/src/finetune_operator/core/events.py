@@ -13,8 +13,8 @@ from finetune_operator.api.conditions import find_condition, is_true
 from finetune_operator.api.constants import ConditionType, EventReason, StageState
 from finetune_operator.api.status import FineTuneJobStatus, StageStatus
 
-MESSAGE_MAX_LENGTH = 1024
-"""Longest note that the API server takes."""
+MESSAGE_MAX_BYTES = 1024
+"""Longest note that the API server takes: it counts bytes of UTF-8."""
 
 _BEGUN = (StageState.STARTING, StageState.RUNNING)
 
@@ -30,9 +30,11 @@ class Event:
 
 def derive_events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[Event, ...]:
     """The events of one status write, in the order in which things happened."""
-    return tuple(
-        Event(event.reason, event.message[:MESSAGE_MAX_LENGTH], event.warning) for event in _events(before, after)
-    )
+    return tuple(Event(event.reason, _cut(event.message), event.warning) for event in _events(before, after))
+
+
+def _cut(message: str) -> str:
+    return message.encode()[:MESSAGE_MAX_BYTES].decode(errors="ignore")
 
 
 def _events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Iterator[Event]:

@@ -83,13 +83,14 @@ class StageJob:
     deleting: bool = False
     failed: Note | None = None
     complete: bool = False
-    image: str = ""
-    default_image: str = ""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """All that exists of one attempt of one stage. `digest` is the 16 hexadecimal digits of the label."""
+    """All that exists of one attempt of one stage. `digest` is the 16 hexadecimal digits of the label.
+
+    `default_image` is the operator's default when the attempt was made, "" where neither Job nor ConfigMap says it.
+    """
 
     stage: str
     digest: str
@@ -100,6 +101,7 @@ class Attempt:
     service: bool = False
     pods: tuple[Pod, ...] = ()
     recorded: Outcome | None = None
+    default_image: str = ""
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -167,8 +169,9 @@ def parse_observed(
     for raw in config_maps:
         attempt = at(raw)
         if attempt is not None:
-            recorded = find_outcome(raw["metadata"].get("annotations") or {})
-            keep(replace(attempt, name=raw["metadata"]["name"], config_map=True, recorded=recorded))
+            name, annotations = raw["metadata"]["name"], raw["metadata"].get("annotations") or {}
+            default, recorded = annotations.get(ANNOTATION_DEFAULT_IMAGE, ""), find_outcome(annotations)
+            keep(replace(attempt, name=name, config_map=True, recorded=recorded, default_image=default))
     for raw in services:
         attempt = at(raw)
         if attempt is not None:
@@ -176,8 +179,10 @@ def parse_observed(
     for raw in jobs:
         attempt = at(raw)
         if attempt is not None:
-            recorded = find_outcome(raw["metadata"].get("annotations") or {}) or attempt.recorded
-            keep(replace(attempt, name=raw["metadata"]["name"], job=_parse_job(raw), recorded=recorded))
+            name, annotations = raw["metadata"]["name"], raw["metadata"].get("annotations") or {}
+            default = annotations.get(ANNOTATION_DEFAULT_IMAGE) or attempt.default_image
+            recorded = find_outcome(annotations) or attempt.recorded
+            keep(replace(attempt, name=name, job=_parse_job(raw), recorded=recorded, default_image=default))
     for raw in pods:
         attempt = at(raw)
         if attempt is not None:
@@ -206,8 +211,6 @@ def _parse_job(raw: Raw) -> StageJob:
             failed = Note(condition.get("reason") or "", condition.get("message") or "")
         elif condition["type"] == "Complete":
             complete = True
-    containers = ((spec.get("template") or {}).get("spec") or {}).get("containers") or []
-    image = next((c.get("image") or "" for c in containers if c.get("name") == constants.CONTAINER_NAME), "")
     return StageJob(
         name=metadata["name"],
         completions=int(spec.get("completions") or 1),
@@ -216,8 +219,6 @@ def _parse_job(raw: Raw) -> StageJob:
         deleting=bool(metadata.get("deletionTimestamp")),
         failed=failed,
         complete=complete,
-        image=image,
-        default_image=(metadata.get("annotations") or {}).get(ANNOTATION_DEFAULT_IMAGE, ""),
     )
 
 

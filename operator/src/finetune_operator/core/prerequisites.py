@@ -8,12 +8,12 @@ from __future__ import annotations
 from finetune_operator.api.constants import Reason
 from finetune_operator.api.finetunejob import FineTuneJob
 from finetune_operator.core.failure import Waiting
-from finetune_operator.core.inputs import secret_references
+from finetune_operator.core.inputs import Start, secret_references
 from finetune_operator.core.observed import Observed
 
 
-def find_missing(job: FineTuneJob, observed: Observed) -> Waiting | None:
-    """What the job's pods would mount and is not there, or None. A pending claim may only wait for its first pod."""
+def find_missing(job: FineTuneJob, observed: Observed, start: Start) -> Waiting | None:
+    """What the attempt's pods would mount and is not there, or None. A pending claim may wait for its first pod."""
     claim = observed.claim
     if claim is not None and claim.phase is None:
         return Waiting(
@@ -26,7 +26,8 @@ def find_missing(job: FineTuneJob, observed: Observed) -> Waiting | None:
             Reason.CLAIM_NOT_BOUND,
             f"PersistentVolumeClaim {claim.name} has lost its volume: restore that, or use another claim.",
         )
-    for name, key in secret_references(job).values():
+    references = secret_references(job)
+    for name, key in (references[secret] for secret in start.config.secrets):
         keys = observed.secrets.get(name)
         if keys is None:
             return Waiting(

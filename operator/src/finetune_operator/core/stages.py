@@ -24,6 +24,8 @@ from finetune_trainer import contract
 from finetune_trainer.contract import ArtifactRef
 
 DONE = frozenset({StageState.SUCCEEDED, StageState.REUSED, StageState.SKIPPED})
+NO_POD_SECONDS = 10
+"""A Job without any pod for so long has had its pods refused; only the Job controller's events say why."""
 JITTER = 0.2
 """A wait is up to this share longer, by a hash of job and attempt, so that jobs that failed together spread."""
 
@@ -54,6 +56,15 @@ class StagePlan:
     def success(self) -> Outcome | None:
         """The outcome that has the stage's report, or None while it has none."""
         return next((o for o in reversed(self.outcomes) if o is not None and o.result is Result.SUCCEEDED), None)
+
+    @property
+    def restarts(self) -> int:
+        """Attempts that ended without their artifact; by number, since the objects of the oldest ones are deleted."""
+        if self.latest is None:
+            return 0
+        suspended = sum(o is not None and o.result is Result.SUSPENDED for o in self.outcomes[:-1])
+        failed = self.latest_outcome is not None and self.latest_outcome.result in (Result.RETRY, Result.FAIL)
+        return self.latest.number - 1 - suspended + failed
 
     @property
     def is_new(self) -> bool:
@@ -88,20 +99,24 @@ class Pipeline:
     @property
     def restarts(self) -> int:
         """Attempts that ended without their artifact, of all stages together."""
-        return sum(
-            outcome is not None and outcome.result in (Result.RETRY, Result.FAIL)
-            for stage in self.stages
-            for outcome in stage.outcomes
-        )
+        return sum(stage.restarts for stage in self.stages)
 
 
 def _image(job: FineTuneJob, stage: str, observed: Observed, settings: Settings) -> tuple[str, str]:
     """(image of the stage, default image it was begun with). A started stage keeps the default of its start."""
-    begun = next(
-        (a.job.default_image for a in reversed(observed.of_stage(stage)) if a.job and a.job.default_image), None
-    )
+    begun = next((a.default_image for a in reversed(observed.of_stage(stage)) if _keeps_image(a)), None)
     default = begun or settings.of(stage).image or settings.trainer_image
     return job.spec.stages.of(stage).image or default, default
+
+
+def _keeps_image(attempt: Attempt) -> bool:
+    """True when the attempt's default image is to be gone on with: False when no pod could begin with it."""
+    if not attempt.default_image:
+        return False
+    if attempt.recorded is not None:
+        return attempt.recorded.result is not Result.SUSPENDED or attempt.recorded.started_at is not None
+    waiting = find_waiting(attempt)
+    return attempt.job is not None and (waiting is None or waiting.reason is not Reason.IMAGE_PULL_FAILED)
 
 
 def is_finished(job: FineTuneJob) -> bool:
@@ -205,7 +220,7 @@ def _stage_plan(
         )
 
     if latest is not None and outcome is None and latest.job is not None and not latest.job.deleting:
-        return _under_way(latest, plan)
+        return _under_way(latest, plan, now)
     number = 1 if latest is None else latest.number if outcome is None else latest.number + 1
     if exhausted is not None:
         return plan(StageState.FAILED, Reason.RETRIES_EXHAUSTED, exhausted)
@@ -223,7 +238,7 @@ def _stage_plan(
     return plan(StageState.STARTING, Reason.STARTING, f"Attempt {number} is being started.", start=number)
 
 
-def _under_way(latest: Attempt, plan: Any) -> StagePlan:
+def _under_way(latest: Attempt, plan: Any, now: datetime) -> StagePlan:
     """The plan of a stage whose newest attempt has a Job and no end. Its ConfigMap and Service are kept complete."""
     result: StagePlan
     waiting = find_waiting(latest)
@@ -233,7 +248,16 @@ def _under_way(latest: Attempt, plan: Any) -> StagePlan:
         result = plan(StageState.STARTING, waiting.reason, waiting.message, start=latest.number)
     elif running < completions:
         message = f"Attempt {latest.number}: {running} of {completions} pods run."
-        result = plan(StageState.STARTING, Reason.STARTING, message, start=latest.number)
+        wake_at = None
+        if latest.job is not None and latest.job.created_at is not None and not latest.pods:
+            wake_at = latest.job.created_at + timedelta(seconds=NO_POD_SECONDS)
+            if now >= wake_at:
+                wake_at = None
+                message += (
+                    f" None was created in {NO_POD_SECONDS} seconds; `kubectl describe job {latest.name}` has the "
+                    "cause: most often a quota, a limit range or a policy of the namespace refuses the pod."
+                )
+        result = plan(StageState.STARTING, Reason.STARTING, message, start=latest.number, wake_at=wake_at)
     else:
         message = f"Attempt {latest.number} runs on {completions} pod{'s' if completions > 1 else ''}."
         result = plan(StageState.RUNNING, Reason.RUNNING, message, start=latest.number)

@@ -43,6 +43,13 @@ async def apply_child(client: Client, manifest: Mapping[str, Any], *, job_name: 
         if error.status == 403 and "exceeded quota" in str(error):
             message = f"{kind} {metadata['name']} cannot be created: {error}."
             raise ChildRefused(constants.Reason.QUOTA_EXCEEDED, message) from error
+        if error.status in (400, 403, 422):
+            # Not the server's trouble: the same manifest is refused each time, so the status has to say it.
+            message = (
+                f"{kind} {metadata['name']} cannot be created: {error}. Correct spec.stages or the operator's defaults "
+                "for the stage, or let the namespace's policies admit it."
+            )
+            raise ChildRefused(constants.Reason.CHILD_REFUSED, message) from error
         raise
 
 

@@ -103,6 +103,10 @@ class Client:
         """A new object; ClusterError 409 when the name is taken."""
         return await self._call("POST", object_path(kind, namespace), body=manifest)
 
+    async def read(self, path: str) -> Raw:
+        """What lies at a path that is no object of ours, such as a group's list of kinds."""
+        return await self._call("GET", path)
+
     async def post(self, path: str, body: Mapping[str, Any]) -> Raw:
         """A request object such as a TokenReview; the answer."""
         return await self._call("POST", path, body=body)
@@ -145,17 +149,21 @@ class Client:
             raise ClusterError(0, "NoAnswer", f"{method} {path}: the API server did not answer: {error!r}") from error
         value = _parse(text)
         if not 200 <= status <= 299:
-            words = value.get("message") or text[:500].decode(errors="replace")
-            raise ClusterError(status, value.get("reason") or "", f"{method} {path}: {status}: {words}")
+            words = (value or {}).get("message") or text[:500].decode(errors="replace")
+            raise ClusterError(status, (value or {}).get("reason") or "", f"{method} {path}: {status}: {words}")
+        if value is None:
+            # Taken for an empty list it would say that a job has no children.
+            raise ClusterError(0, "NoAnswer", f"{method} {path}: {status} with something else than a JSON object")
         return value
 
 
-def _parse(text: bytes) -> Raw:
+def _parse(text: bytes) -> Raw | None:
+    """The JSON object in `text`, None for anything else (a proxy's page, a cut answer)."""
     try:
         value = json.loads(text)
     except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def object_path(kind: str, namespace: str, name: str = "") -> str:

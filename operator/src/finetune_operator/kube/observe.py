@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from finetune_operator.api import constants
-from finetune_operator.kube.client import Client, Raw
+from finetune_operator.kube.client import Client, ClusterError, Raw
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,20 @@ class Children:
     pods: list[Raw]
 
 
+async def check_kind_is_served(client: Client) -> None:
+    """ClusterError unless the API server serves FineTuneJobs: a watch of what is not there yet would never begin."""
+    path = f"/apis/{constants.API_VERSION}"
+    try:
+        kinds = (await client.read(path)).get("resources") or []
+    except ClusterError as error:
+        if error.status != 404:
+            raise
+        kinds = []
+    if not any(kind.get("name") == constants.PLURAL for kind in kinds):
+        message = f"the API server does not serve {constants.PLURAL} at {path}: install CRD {constants.CRD_NAME}"
+        raise ClusterError(404, "NotFound", message)
+
+
 async def read_job(client: Client, namespace: str, name: str) -> Raw | None:
     """The FineTuneJob as it is now, or None when there is none."""
     return await client.find(constants.KIND, namespace, name)
@@ -30,10 +44,10 @@ async def read_job(client: Client, namespace: str, name: str) -> Raw | None:
 
 async def observe_children(client: Client, namespace: str, selector: str) -> Children:
     """The Jobs, ConfigMaps, Services and pods that have the labels of `selector`."""
-    kinds = ("Job", "ConfigMap", "Service", "Pod")
-    jobs, config_maps, services, pods = await asyncio.gather(
-        *(client.list(kind, namespace, selector) for kind in kinds)
-    )
+    # Jobs before pods: a Job seen complete beside pods as they were earlier would look as if it had lost them.
+    jobs = await client.list("Job", namespace, selector)
+    kinds = ("ConfigMap", "Service", "Pod")
+    config_maps, services, pods = await asyncio.gather(*(client.list(kind, namespace, selector) for kind in kinds))
     return Children(jobs=jobs, config_maps=config_maps, services=services, pods=pods)
 
 

@@ -6,6 +6,7 @@ costs one review a minute. Tokens are neither kept nor logged.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from finetune_trainer import contract
 
 CACHE_SECONDS = 60.0
 CACHE_SIZE = 4096
+MOST_REVIEWS = 4
+"""TokenReviews at a time: anybody in the cluster can post, and a flood must not take the reconciles' connections."""
 _POD_NAME = "authentication.kubernetes.io/pod-name"
 _POD_UID = "authentication.kubernetes.io/pod-uid"
 
@@ -38,6 +41,7 @@ class Senders:
         self._client = client
         self._clock = clock
         self._known: dict[str, tuple[float, Sender | None]] = {}
+        self._reviews = asyncio.Semaphore(MOST_REVIEWS)
 
     async def find(self, token: str) -> Sender | None:
         """The sender of a valid token, None for any other; ClusterError when the API server cannot be asked."""
@@ -46,7 +50,8 @@ class Senders:
         until, sender = self._known.get(key, (0.0, None))
         if now < until:
             return sender
-        sender = await self._review(token)
+        async with self._reviews:
+            sender = await self._review(token)
         if len(self._known) >= CACHE_SIZE:
             self._known.clear()
         self._known[key] = (now + CACHE_SECONDS, sender)

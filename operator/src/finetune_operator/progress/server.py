@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import ssl
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -95,7 +95,10 @@ def _number(facts: Mapping[str, Any], name: str, *, whole: bool = False, negativ
     value = facts.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not math.isfinite(value):
+    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    # The status holds 64-bit integers: a larger one would have the API server refuse every later status write.
+    most = 2**63 - 1 if whole else sys.float_info.max
+    if not is_number or not -most <= value <= most:
         raise ValueError(f"{name} is {value!r}: it must be a {'whole ' if whole else ''}number")
     if value < 0 and not negative:
         raise ValueError(f"{name} is {value!r}: it must not be negative")

@@ -42,6 +42,7 @@ class ModelPlan:
 
     `method` is spec.method; `precision` is bf16 or fp32; `seed` is the job's, from which the adapter starts.
     `keep_masks` is true where rows hold several documents, which then must not attend to each other.
+    `trust_remote_code` lets Python code of the model's own folder run.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class ModelPlan:
     weight_decay: float
     seed: int
     keep_masks: bool
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

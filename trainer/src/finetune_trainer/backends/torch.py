@@ -33,6 +33,7 @@ from finetune_trainer.checkpoints import (
     slice_bounds,
 )
 from finetune_trainer.errors import DeviceOutOfMemory, HostOutOfMemory, RetryableError, UserError
+from finetune_trainer.model_loading import load_causal_model
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """After this long without an answer a peer counts as lost. A killed process is noticed at once: its sockets close."""
@@ -103,23 +104,9 @@ class TorchBackend:
     # ---- model
 
     def build(self, plan: ModelPlan) -> None:
-        from transformers import AutoModelForCausalLM
-
         with self._guard("loading the model"):
-            try:
-                base = AutoModelForCausalLM.from_pretrained(
-                    plan.folder,
-                    dtype=torch.bfloat16 if plan.precision == "bf16" else torch.float32,
-                    attn_implementation="sdpa",
-                    local_files_only=True,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                )
-            except (OSError, ValueError, KeyError) as error:
-                raise UserError(
-                    "ModelNotLoadable",
-                    f"transformers cannot load {plan.folder.name} as a causal language model: {error}",
-                ) from error
+            dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+            base = load_causal_model(plan.folder, dtype=dtype, trust_remote_code=plan.trust_remote_code)
             base.config.use_cache = False
             self._model = lora.add_adapter(base, plan.method, plan.seed).to(self.device)
         self._model.train()

@@ -6,7 +6,6 @@ or configuration that cannot be found is an error, never a guess at another one.
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -21,6 +20,7 @@ RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """File types that records.py reads."""
 
 _SIDE_FILES = frozenset({"dataset_infos.json", "dataset_info.json", "config.json", "state.json", "package.json"})
+_GLOB = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 
 
@@ -106,10 +106,16 @@ def _match(name: str, files: Iterable[SourceFile], patterns: Sequence[str], wher
 
 
 def _is_match(path: str, pattern: str) -> bool:
-    # "**/" also stands for no folder at all
-    return fnmatch.fnmatchcase(path, pattern) or (
-        "**/" in pattern and fnmatch.fnmatchcase(path, pattern.replace("**/", ""))
-    )
+    """Glob as hubs read it: "*" stays inside a folder (fnmatch's would not), "**/" is any folders or none."""
+    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]/]+\])", pattern)
+    return re.fullmatch("".join(_GLOB.get(piece) or _literal_or_class(piece) for piece in pieces), path) is not None
+
+
+def _literal_or_class(piece: str) -> str:
+    if len(piece) < 3 or piece[0] != "[" or piece[-1] != "]":
+        return re.escape(piece)
+    inside = piece[1:-1].replace("\\", "\\\\").replace("[", "\\[")
+    return f"[^{inside[1:]}]" if inside[0] == "!" and len(inside) > 1 else f"[{inside.replace('^', chr(92) + '^')}]"
 
 
 def _is_record_file(path: str) -> bool:

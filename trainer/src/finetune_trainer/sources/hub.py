@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+from urllib.parse import urlsplit
 
 from finetune_trainer.artifacts import hash_file
 from finetune_trainer.errors import RetryableError, UserError
@@ -100,10 +101,10 @@ class HubSource:
             self._check(file, folder / file.path)
 
     def _api(self) -> HfApi:
-        from huggingface_hub import HfApi, constants
+        from huggingface_hub import HfApi
 
-        # Read at each use: the library reads HF_ENDPOINT only when it is first imported. False means "no token at all".
-        return HfApi(endpoint=_endpoint() or constants.ENDPOINT, token=self._token or False)
+        # False means "no token at all".
+        return HfApi(endpoint=_endpoint(), token=self._token or False)
 
     def _check(self, file: SourceFile, path: Path) -> None:
         if not path.is_file():
@@ -158,9 +159,9 @@ class HubSource:
                     f"{where}: the hub refused {token} ({status}): check the secret's value and its rights",
                 ) from error
             if 400 <= status < 500 and status not in (408, 425, 429):
-                raise UserError("HubRefused", f"{where}: the hub answered {status}: {cause}") from error
+                raise UserError("HubRefused", f"{where}: the hub answered {status}: {_unsigned(cause)}") from error
         if isinstance(cause, requests.RequestException) or (_is_cut(error) and cause is not None):
-            detail = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            detail = f"{type(cause).__name__}: {_unsigned(cause)}".splitlines()[0]
             raise RetryableError(
                 "HubUnavailable", f"cannot fetch {where} from {self._api().endpoint}: {detail}"
             ) from error
@@ -173,14 +174,24 @@ def _is_cut(error: Exception) -> bool:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     if isinstance(error, requests.HTTPError):
-        return error.response is not None and error.response.status_code >= 500
+        status, url = (error.response.status_code, error.response.url) if error.response is not None else (0, "")
+        # The signature of an address at the hub's storage runs out during a long download; the next try gets a new one.
+        return status >= 500 or (status == 403 and urlsplit(url).netloc != urlsplit(_endpoint()).netloc)
     if isinstance(error, (requests.RequestException, LocalEntryNotFoundError)):
         return True
     return type(error) is OSError and "Consistency check failed" in str(error)
 
 
+def _unsigned(error: BaseException) -> str:
+    """The text of `error` without the queries of addresses: a hub's storage is reached by ones that are signed."""
+    return re.sub(r"\?[^\s'\")]+", "?…", str(error))
+
+
 def _endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    """The hub's address. Read at each use: the library reads HF_ENDPOINT only when it is first imported."""
+    from huggingface_hub import constants
+
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
 
 
 def _git_id(path: Path) -> str:

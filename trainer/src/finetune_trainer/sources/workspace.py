@@ -40,7 +40,7 @@ class WorkspaceSource:
         if not root.is_dir():
             raise UserError("SourceNotFound", f"{self.name}: there is no {self._root} on the workspace volume")
         files = []
-        for folder, folders, names in os.walk(self._root):
+        for folder, folders, names in os.walk(self._root, onerror=_raise):
             # hidden folders hold caches and our own temporary folders
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in names:
@@ -80,3 +80,8 @@ class WorkspaceSource:
                 "UnsafePath", f"{self.name}: {path} leads to {resolved}, which is outside the workspace volume"
             )
         return resolved
+
+
+def _raise(error: OSError) -> None:
+    """A folder that cannot be listed must not look like one without files."""
+    raise error

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from finetune_trainer.artifacts import new_artifact, open_input
-from finetune_trainer.batches import open_validation_rows
+from finetune_trainer.batches import open_validation_rows, read_data
 from finetune_trainer.contract import (
     CONSOLIDATE,
     EVALUATE,
@@ -109,7 +109,7 @@ def run(config: StageConfig) -> Report:
     """Evaluate; a missed gate is reported as EvalBelowThreshold (user error) beside the complete artifact."""
     args = parse_args(config)
     prepared = open_input(config, PREPARE)
-    data = json.loads((prepared / "data.json").read_bytes())
+    data = read_data(prepared)
     rows = open_validation_rows(prepared)
     supervised = rows.supervised_in_all()
     if args.max_loss_ratio is not None and not supervised:

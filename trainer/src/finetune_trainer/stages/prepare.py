@@ -162,7 +162,7 @@ def run(config: StageConfig) -> Report:
         _check_vocabulary(model, spool.largest_token())
         with new_artifact(config.output_path, config.stage) as writer:
             plan = _plan(args, spool, read)
-            pad = encoder.pad_token_id
+            pad = _padding_token(model, encoder)
             for name, some in ((rows.ROWS_FILE, plan.rows), (rows.VALIDATION_FILE, plan.validation_rows)):
                 rows.write_rows(writer, name, spool, some, row_length=args.max_length, pad=pad)
             count = plan.steps * args.global_batch_size
@@ -272,6 +272,13 @@ def _check_vocabulary(model: Path, largest: int) -> None:
             "TokenizerNotUsable",
             f"the tokenizer gave token {largest}, the model's vocab_size is {size}: the tokenizer is another model's",
         )
+
+
+def _padding_token(model: Path, encoder: Encoder) -> int:
+    """What fills rows. A padding token that was added to the tokenizer alone is no row of the model's embedding."""
+    size = json.loads((model / "config.json").read_bytes()).get("vocab_size")
+    outside = isinstance(size, int) and encoder.pad_token_id >= size
+    return encoder.eos_token_id if outside else encoder.pad_token_id
 
 
 def _section(spec: Mapping[str, Any], name: str) -> Mapping[str, Any]:

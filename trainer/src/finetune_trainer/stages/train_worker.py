@@ -84,14 +84,15 @@ def _run(config: StageConfig, args: TrainArgs, stop: StopFlag, verified: Future[
     from finetune_trainer import training
     from finetune_trainer.backends import ModelPlan
     from finetune_trainer.backends.torch import TorchBackend
-    from finetune_trainer.batches import open_rows
+    from finetune_trainer.batches import open_rows, read_data
     from finetune_trainer.progress import Progress, ProgressPoster
     from finetune_trainer.training_log import LOG_NAME, repeated_steps
 
     backend = TorchBackend(_accelerator())
     backend.start()
     verified.result()
-    rows = open_rows(config.input_path(contract.PREPARE), args.global_batch_size)
+    prepared = config.input_path(contract.PREPARE)
+    rows = open_rows(prepared, args.global_batch_size)
     packed_row = backend.broadcast(rows.first_packed_row() if backend.rank == 0 else None)
     model = config.input_path(contract.MODEL_INPUT)
     backend.build(
@@ -102,6 +103,7 @@ def _run(config: StageConfig, args: TrainArgs, stop: StopFlag, verified: Future[
             weight_decay=args.weight_decay,
             seed=args.seed,
             keep_masks=packed_row is not None,
+            trust_remote_code=bool(read_data(prepared).get("trustRemoteCode")),
         )
     )
     plan = _training_plan(args, rows.max_steps)
