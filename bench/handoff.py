@@ -3,10 +3,10 @@
 
     python bench/handoff.py --namespace finetune-demo --job tiny-cpu --runs 5
 
-A stage ends when the watch first shows all of its pods finished; the next begins when the watch first shows a pod of
-it. Both times are this process's own, from one watch, so no clock's resolution or skew enters. For each run the job is
-deleted and applied again: its stages then run as pods that find their artifact complete and end at once, which is what
-makes many hand-offs measurable in a minute.
+A stage ends when the watch first shows the containers of all its pods terminated (a pod's phase follows about a second
+later); the next begins when the watch first shows a pod of it. Both times are this process's own, from one watch, so no
+clock's resolution or skew enters. For each run the job is deleted and applied again: its stages then run as pods that
+find their artifact complete and end at once, which is what makes many hand-offs measurable in a minute.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def hand_offs(namespace: str, job: str, deadline: float) -> dict[str, float]:
             first_seen[stage] = now
             order.append(stage)
         all_seen.setdefault(stage, set()).add(name)
-        if pod["status"].get("phase") == "Succeeded":
+        containers = pod["status"].get("containerStatuses") or []
+        if any("terminated" in container["state"] for container in containers):
             finished.setdefault(stage, set()).add(name)
             if finished[stage] == all_seen[stage]:
                 ended.setdefault(stage, now)
