@@ -19,6 +19,8 @@ BIN := .venv/bin
 PY := $(BIN)/python
 CLUSTER_PY := python3 hack/cluster/cluster.py
 CLUSTER_ENV := if [ "$(CLUSTER)" = local ]; then eval "$$($(CLUSTER_PY) env)"; fi
+# Sets TRAINER_IMAGE and OPERATOR_IMAGE for the tests that start pods.
+IMAGE_ENV = mkdir -p build; $(IMAGES) env > build/images.env; set -a; . build/images.env; set +a
 IMAGES := $(PY) hack/images.py --cluster $(CLUSTER) --prefix $(IMAGE_PREFIX)
 
 .PHONY: help
@@ -38,7 +40,7 @@ demo: setup cluster-up images install ## Fine-tune a small model on a real clust
 
 .PHONY: test
 test: setup lint type unit chart cluster-up images install ## Everything: lint, types, unit, chart, contract and end-to-end tests
-	@$(CLUSTER_ENV); mkdir -p build; $(IMAGES) env > build/images.env; set -a; . build/images.env; set +a; \
+	@$(CLUSTER_ENV); $(IMAGE_ENV); \
 	  $(PY) -m pytest tests/contract tests/e2e $(PYTEST_ARGS)
 
 .PHONY: unit
@@ -68,7 +70,7 @@ contract: setup cluster-up ## Contract tests on a real API server, controller-ma
 
 .PHONY: e2e
 e2e: setup cluster-up images install ## End-to-end tests: the installed chart, real images, faults injected
-	@$(CLUSTER_ENV); mkdir -p build; $(IMAGES) env > build/images.env; set -a; . build/images.env; set +a; \
+	@$(CLUSTER_ENV); $(IMAGE_ENV); \
 	  $(PY) -m pytest tests/e2e $(PYTEST_ARGS)
 
 .PHONY: golden

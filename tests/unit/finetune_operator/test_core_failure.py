@@ -18,7 +18,7 @@ AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
 
 
 def ended(code: int, message: str = "", reason: str = "", *, after: int = 0, signal: int | None = None) -> Terminated:
-    return Terminated(code, reason, message, signal, AT, AT + timedelta(seconds=after))
+    return Terminated(code, reason, message, signal, AT + timedelta(seconds=after))
 
 
 def failed_pod(code: int, message: str = "", reason: str = "", *, index: int = 0, after: int = 0, **more: Any) -> Pod:

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
+import adapter_artifacts as adapter_artifacts_module
+import hub_server
 import pytest
-
-_TESTS = Path(__file__).parents[2]
-
-
-def _load(name: str) -> ModuleType:
-    """A module of tests/, which is no package under --import-mode=importlib."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, _TESTS / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
+import tiny_model as tiny_model_source
 
 
 @pytest.fixture(scope="session")
 def tiny_model_module() -> ModuleType:
     """tests/tiny_model.py, for tests that want another shape of it."""
-    return _load("tiny_model")
+    return tiny_model_source
 
 
 @pytest.fixture(scope="session")
@@ -56,10 +43,10 @@ def workspace(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def hub_server_module() -> ModuleType:
     """tests/hub_server.py: a hub on this machine."""
-    return _load("hub_server")
+    return hub_server
 
 
 @pytest.fixture(scope="session")
 def adapter_artifacts() -> ModuleType:
     """tests/adapter_artifacts.py: checkpoints, adapters and artifacts for the stages after training."""
-    return _load("adapter_artifacts")
+    return adapter_artifacts_module

@@ -6,7 +6,6 @@ from names and shapes alone, reads no values, and refuses what it does not know 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_trainer.errors import CorruptArtifact, UserError
+from finetune_trainer.model_files import read_json_object
 from finetune_trainer.safetensors_stream import some_names
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -59,16 +59,7 @@ class AdapterTarget:
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json of an adapter folder; CorruptArtifact when it is missing or no JSON object."""
-    path = folder / ADAPTER_CONFIG_NAME
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CorruptArtifact(f"{path} is missing: an adapter cannot be read without its rank and scale") from None
-    except ValueError as error:
-        raise CorruptArtifact(f"{path} is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CorruptArtifact(f"{path} is no JSON object")
-    return value
+    return read_json_object(folder / ADAPTER_CONFIG_NAME, "an adapter cannot be read without its rank and scale")
 
 
 def has_tied_embeddings(model_config: Mapping[str, Any], tensors: Iterable[str]) -> bool:

@@ -76,11 +76,15 @@ def read_model_files(folder: Path) -> ModelFiles:
 
 def read_model_config(folder: Path) -> Mapping[str, Any]:
     """config.json of the model; CorruptArtifact when it is missing or no JSON object."""
-    path = folder / CONFIG_NAME
+    return read_json_object(folder / CONFIG_NAME, "a model folder needs it beside its weights")
+
+
+def read_json_object(path: Path, why: str) -> dict[str, Any]:
+    """The JSON object in `path`; CorruptArtifact when it is none. `why` says what a missing file is needed for."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise CorruptArtifact(f"{path} is missing: a model folder needs it beside its weights") from None
+        raise CorruptArtifact(f"{path} is missing: {why}") from None
     except ValueError as error:
         raise CorruptArtifact(f"{path} is no JSON: {error}") from error
     if not isinstance(value, dict):

@@ -29,7 +29,6 @@ class Terminated:
     reason: str
     message: str
     signal: int | None
-    started_at: datetime | None
     finished_at: datetime | None
 
 
@@ -55,7 +54,6 @@ class Pod:
     status: Note | None = None
     waiting: Note | None = None
     running: bool = False
-    started_at: datetime | None = None
     terminated: Terminated | None = None
 
     @property
@@ -79,7 +77,6 @@ class StageJob:
     name: str
     completions: int = 1
     created_at: datetime | None = None
-    started_at: datetime | None = None
     deleting: bool = False
     failed: Note | None = None
     complete: bool = False
@@ -201,7 +198,7 @@ def _conditions(raw: Raw) -> Iterable[Raw]:
 
 
 def _parse_job(raw: Raw) -> StageJob:
-    metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
+    metadata, spec = raw["metadata"], raw.get("spec") or {}
     failed = None
     complete = False
     for condition in _conditions(raw):
@@ -215,7 +212,6 @@ def _parse_job(raw: Raw) -> StageJob:
         name=metadata["name"],
         completions=int(spec.get("completions") or 1),
         created_at=parse_time(metadata.get("creationTimestamp")),
-        started_at=parse_time(status.get("startTime")),
         deleting=bool(metadata.get("deletionTimestamp")),
         failed=failed,
         complete=complete,
@@ -253,7 +249,6 @@ def _parse_pod(raw: Raw) -> Pod:
         status=Note(status.get("reason") or "", status.get("message") or "") if has_note else None,
         waiting=Note(waiting.get("reason") or "", waiting.get("message") or "") if waiting else None,
         running=state.get("running") is not None,
-        started_at=parse_time(status.get("startTime")),
         terminated=_parse_terminated(ended) if ended else None,
     )
 
@@ -264,6 +259,5 @@ def _parse_terminated(raw: Raw) -> Terminated:
         reason=raw.get("reason") or "",
         message=raw.get("message") or "",
         signal=raw.get("signal"),
-        started_at=parse_time(raw.get("startedAt")),
         finished_at=parse_time(raw.get("finishedAt")),
     )

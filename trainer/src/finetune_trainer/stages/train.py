@@ -144,14 +144,18 @@ class Launch:
         torchrun's agent is passed by because it gives its workers 30 s and then kills them.
         """
         self.terminating = True
+        if not self._signal_ranks(signal.SIGTERM) and self.process:
+            self.process.terminate()
+
+    def _signal_ranks(self, number: signal.Signals) -> bool:
+        """Send a signal to every rank that has started; False when none has. A rank that has ended is passed over."""
         pids = [int(path.read_text()) for path in self.scratch.glob("started-*")]
-        if not pids and self.process:
-            pids = [self.process.pid]
         for pid in pids:
             try:
-                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, number)
             except ProcessLookupError:
                 continue
+        return bool(pids)
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         """The exit status, of an agent that is ended here once every rank has left its report.
@@ -164,7 +168,10 @@ class Launch:
             except subprocess.TimeoutExpired:
                 if len(self._reports()) == self.args.procs_per_node:
                     process.kill()
-                    return process.wait()
+                    code = process.wait()
+                    # Ranks that still tidy up would write into the scratch folder while it is removed.
+                    self._signal_ranks(signal.SIGKILL)
+                    return code
 
     def _reports(self) -> dict[int, Report]:
         found = {}
