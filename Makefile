@@ -19,6 +19,8 @@ BIN := .venv/bin
 PY := $(BIN)/python
 CLUSTER_PY := python3 hack/cluster/cluster.py
 CLUSTER_ENV := if [ "$(CLUSTER)" = local ]; then eval "$$($(CLUSTER_PY) env)"; fi
+# Tests with targets of their own: Kueue takes 5 minutes to build, and hand-over times need a machine without other load.
+APART := --ignore=tests/contract/test_kueue.py --ignore=tests/e2e/test_kueue.py --ignore=tests/contract/test_leadership.py
 # Sets TRAINER_IMAGE and OPERATOR_IMAGE for the tests that start pods.
 IMAGE_ENV = mkdir -p build; $(IMAGES) env > build/images.env; set -a; . build/images.env; set +a
 IMAGES := $(PY) hack/images.py --cluster $(CLUSTER) --prefix $(IMAGE_PREFIX)
@@ -41,7 +43,7 @@ demo: setup cluster-up images install ## Fine-tune a small model on a real clust
 .PHONY: test
 test: setup lint type unit chart cluster-up images install ## Everything: lint, types, unit, chart, contract and end-to-end tests
 	@$(CLUSTER_ENV); $(IMAGE_ENV); \
-	  $(PY) -m pytest tests/contract tests/e2e $(PYTEST_ARGS)
+	  $(PY) -m pytest tests/contract tests/e2e $(APART) $(PYTEST_ARGS)
 
 .PHONY: unit
 unit: setup ## Unit tests; no cluster, no root
@@ -66,12 +68,20 @@ chart: setup helm ## Chart tests on helm's own rendering
 
 .PHONY: contract
 contract: setup cluster-up ## Contract tests on a real API server, controller-manager and scheduler
-	@$(CLUSTER_ENV); $(PY) -m pytest tests/contract $(PYTEST_ARGS)
+	@$(CLUSTER_ENV); $(PY) -m pytest tests/contract $(APART) $(PYTEST_ARGS)
 
 .PHONY: e2e
 e2e: setup cluster-up images install ## End-to-end tests: the installed chart, real images, faults injected
 	@$(CLUSTER_ENV); $(IMAGE_ENV); \
-	  $(PY) -m pytest tests/e2e $(PYTEST_ARGS)
+	  $(PY) -m pytest tests/e2e $(APART) $(PYTEST_ARGS)
+
+.PHONY: test-kueue
+test-kueue: setup cluster-up images install ## Tests on the real Kueue: quotas, admission stage by stage, preemption
+	@$(CLUSTER_ENV); $(IMAGE_ENV); $(PY) -m pytest tests/contract/test_kueue.py tests/e2e/test_kueue.py $(PYTEST_ARGS)
+
+.PHONY: test-leadership
+test-leadership: setup cluster-up ## Two replicas: the leader killed, stopped in order, frozen; seconds to the hand-over
+	@$(CLUSTER_ENV); $(PY) -m pytest tests/contract/test_leadership.py $(PYTEST_ARGS)
 
 .PHONY: golden
 golden: setup helm ## Rewrite tests/golden; review the diff
@@ -94,6 +104,17 @@ requirements: setup ## Resolve requirements/*.in again (upgrades within the pins
 bench: setup ## Benchmarks side by side with what the field uses; they print ratios
 	@for f in bench/*.py; do echo "== $$f"; $(PY) $$f; done
 
+.PHONY: bench-operator
+bench-operator: setup cluster-up ## 1,000 FineTuneJobs on fake nodes, against a bare client that creates the same Jobs (BENCH_ARGS)
+	@if [ "$(CLUSTER)" = local ]; then $(CLUSTER_PY) kwok up --stages tests/fake_stages.yaml; fi
+	@$(CLUSTER_ENV); kubectl apply --server-side --force-conflicts -f crds >/dev/null; \
+	  kubectl wait --for=condition=Established -f crds --timeout=30s >/dev/null; \
+	  $(PY) bench/operator/bench.py $(BENCH_ARGS)
+
+.PHONY: test-kills
+test-kills: setup cluster-up ## Kill the operator before and after every API call of a whole job; minutes (KILLS_ARGS)
+	@$(CLUSTER_ENV); $(PY) tests/kills/run_all.py $(KILLS_ARGS)
+
 ##@ Cluster
 
 .PHONY: cluster-up
@@ -108,6 +129,15 @@ cluster-down: ## Stop it and remove every process, mount, bridge and firewall ru
 .PHONY: cluster-status
 cluster-status: ## Show what of it runs
 	@$(CLUSTER_PY) status
+
+.PHONY: kueue-up
+kueue-up: cluster-up ## Build (once) and start Kueue 0.12.2 in it, with its webhooks
+	@if [ "$(CLUSTER)" = local ]; then $(CLUSTER_PY) kueue up; else kubectl get crd workloads.kueue.x-k8s.io >/dev/null \
+	  || { echo "CLUSTER=existing: this cluster has no Kueue; install it there first" >&2; exit 1; }; fi
+
+.PHONY: kueue-down
+kueue-down: ## Remove Kueue with its webhooks, kinds and all their objects
+	@$(CLUSTER_PY) kueue down
 
 .PHONY: helm
 helm:

@@ -53,10 +53,43 @@ ENV: dict[str, Any] = {
         "properties": {"name": {"type": "string", "minLength": 1}, "value": {"type": "string"}},
     },
 }
+COUNT: dict[str, Any] = {"type": "integer", "minimum": 1}
+AMOUNT: dict[str, Any] = {"type": "number", "minimum": 0}
+INSTANCE_TYPES: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "accelerator": {"enum": ["cpu", "cuda", "neuron"]},
+            "devices": {"type": "integer", "minimum": 0},
+            "coresPerDevice": COUNT,
+            "efa": {"type": "integer", "minimum": 0},
+            "vcpus": COUNT,
+            "memoryGib": {"type": "number", "minimum": 0.5},
+            "deviceMemoryGib": AMOUNT,
+            "bf16TflopsPerDevice": AMOUNT,
+            "pricePerHour": AMOUNT,
+        },
+    },
+}
+_SIZES = ("hiddenSize", "layers", "heads", "kvHeads", "intermediateSize", "vocabSize", "parameters")
+MODELS: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": {
+        "type": "object",
+        "additionalProperties": False,
+        "required": list(_SIZES),
+        "properties": {**dict.fromkeys(_SIZES, COUNT), "tied": {"type": "boolean"}},
+    },
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "strings": STRINGS,
     "resources": RESOURCES,
     "tolerations": TOLERATIONS,
+    "instanceTypes": INSTANCE_TYPES,
+    "models": MODELS,
+    "seconds": {"type": "number", "exclusiveMinimum": 0, "maximum": 2592000},
     "names": {"type": "array", "uniqueItems": True, "items": {"type": "string", "minLength": 1, "maxLength": 253}},
     "affinity": {
         "type": "object",

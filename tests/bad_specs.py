@@ -142,6 +142,28 @@ BAD_SPECS = (
     BadSpec(
         "an empty prompt", "spec.evaluate.prompts[0].text", {"evaluate": {"prompts": [{"text": ""}]}}, ours="at least 1"
     ),
+    BadSpec(
+        "more prompts than an annotation holds",
+        "spec.evaluate.prompts",
+        {
+            "evaluate": {
+                "prompts": [{"text": "a" * 8192, "context": "b" * 16384, "expected": "c" * 8192}, {"text": "d"}]
+            }
+        },
+        "at most 32768 characters in all",
+    ),
+    BadSpec(
+        "a stage that may take no time",
+        "spec.stages.merge.activeDeadlineSeconds",
+        {"stages": {"merge": {"activeDeadlineSeconds": 0}}},
+        ours="at least 1",
+    ),
+    BadSpec(
+        "a hang of a moment",
+        "spec.stages.train.hangSeconds",
+        {"stages": {"train": {"hangSeconds": 29}}},
+        ours="at least 30",
+    ),
     BadSpec("shards of 5 quarts", "spec.merge.maxShardSize", {"merge": {"maxShardSize": "5 quarts"}}, ours="match"),
     BadSpec(
         "an endpoint without upload",

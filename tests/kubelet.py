@@ -51,9 +51,8 @@ def pods(namespace: str, stage: str, attempt: int, count: int = 1, *, deadline: 
 def report(namespace: str, pod: kube.Object, *, reused: bool = False) -> str:
     """The termination message of a stage that did its work, as its stage.json asks for it."""
     labels = pod["metadata"]["labels"]
-    name = labels["batch.kubernetes.io/job-name"]
     stage = labels[constants.LABEL_STAGE]
-    config = json.loads(kube.get("configmap", name, "-n", namespace)["data"]["stage.json"])
+    config = json.loads(pod["metadata"]["annotations"][constants.ANNOTATION_STAGE_JSON])
     artifacts = {stage: contract.ArtifactRef(config["output"], contract.digest_of([stage, config["output"]]))}
     if stage == contract.PREPARE:
         artifacts["model"] = contract.ArtifactRef("finetune/models/tiny", contract.digest_of("model"))

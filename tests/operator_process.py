@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import kube
@@ -14,36 +15,57 @@ import kube
 TRAINER_IMAGE = "example.invalid/finetune-trainer:contract"
 
 
-class OperatorProcess:
-    """One operator that watches one namespace. `log` is its output; stop() fails on a traceback in it."""
+def environment(namespace: str, **env: str) -> dict[str, str]:
+    """What a process has for its environment to run an operator that watches one namespace."""
+    # Bytecode is cached: compiling the client library anew at each start takes longer than most tests.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {
+        **inherited,
+        "FINETUNE_TRAINER_IMAGE": TRAINER_IMAGE,
+        "FINETUNE_WATCH_NAMESPACES": namespace,
+        "FINETUNE_HEALTH_PORT": "0",
+        "FINETUNE_RETRY_FIRST_SECONDS": "0.5",
+        **env,
+    }
 
-    def __init__(self, namespace: str, log: Path, **env: str) -> None:
+
+class OperatorProcess:
+    """One operator that watches one namespace. `log` is its output; stop() fails on a traceback in it.
+
+    `command` is what the interpreter runs: the operator, or a program that runs it.
+    """
+
+    def __init__(
+        self, namespace: str, log: Path, *, command: Sequence[str] = ("-m", "finetune_operator"), **env: str
+    ) -> None:
         self.log = log
-        # Bytecode is cached: compiling the client library anew at each start takes longer than most tests.
-        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        self._env = {
-            **inherited,
-            "FINETUNE_TRAINER_IMAGE": TRAINER_IMAGE,
-            "FINETUNE_WATCH_NAMESPACES": namespace,
-            "FINETUNE_HEALTH_PORT": "0",
-            "FINETUNE_RETRY_FIRST_SECONDS": "0.5",
-            **env,
-        }
+        self._command = command
+        self._env = environment(namespace, **env)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "finetune_operator"], env=self._env, stdout=output, stderr=output
+                [sys.executable, *self._command], env=self._env, stdout=output, stderr=output
             )
+
+    @property
+    def pid(self) -> int:
+        """Process id of the running operator."""
+        assert self._process is not None
+        return self._process.pid
 
     def kill(self) -> None:
         """SIGKILL: no time to finish anything."""
         self._end(signal.SIGKILL)
 
+    def end(self) -> None:
+        """SIGTERM, whatever the log says."""
+        self._end(signal.SIGTERM)
+
     def stop(self) -> None:
         """SIGTERM, and the log must be free of bugs."""
-        self._end(signal.SIGTERM)
+        self.end()
         text = self.log.read_text()
         assert "Traceback" not in text, f"the operator met a bug:\n{text}"
 
@@ -69,15 +91,18 @@ class OperatorProcess:
 
 def make_claim(namespace: str, name: str = "workspace") -> None:
     """A claim that exists is all that pods without a node need."""
-    kube.apply(
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolumeClaim",
-            "metadata": {"name": name, "namespace": namespace},
-            "spec": {
-                "accessModes": ["ReadWriteMany"],
-                "resources": {"requests": {"storage": "1Gi"}},
-                "storageClassName": "",
-            },
-        }
-    )
+    kube.apply(claim_manifest(namespace, name))
+
+
+def claim_manifest(namespace: str, name: str = "workspace") -> kube.Object:
+    """A claim that no volume serves."""
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {
+            "accessModes": ["ReadWriteMany"],
+            "resources": {"requests": {"storage": "1Gi"}},
+            "storageClassName": "",
+        },
+    }

@@ -14,6 +14,8 @@ from finetune_operator.api import constants
 from finetune_operator.api.finetunejob import FineTuneJob, parse_job
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.core.desired import Desired, desired_state
+from finetune_operator.core.figures import Progress
+from finetune_operator.core.nodes import parse_node
 from finetune_operator.core.observed import INDEX_ANNOTATION, Claim, Observed, parse_observed
 from finetune_operator.core.settings import RetryTiming, Settings
 from finetune_operator.core.stages import Pipeline, derive_pipeline, is_finished
@@ -44,10 +46,12 @@ class Simulation:
     now: datetime = START
     settings: Settings = SETTINGS
     jobs: dict[str, Raw] = field(default_factory=dict)
-    config_maps: dict[str, Raw] = field(default_factory=dict)
     services: dict[str, Raw] = field(default_factory=dict)
     pods: dict[str, Raw] = field(default_factory=dict)
+    nodes: dict[str, Raw] = field(default_factory=dict)
+    deleted_nodes: set[str] = field(default_factory=set)
     created_jobs: list[str] = field(default_factory=list)
+    progress: Progress | None = None
 
     @property
     def job(self) -> FineTuneJob:
@@ -58,18 +62,24 @@ class Simulation:
         changed = job_body(generation=self.body["metadata"]["generation"] + 1, **spec)
         self.body["spec"], self.body["metadata"] = changed["spec"], changed["metadata"]
 
+    def state(self) -> Raw:
+        """A copy of everything in the namespace."""
+        kinds = ("body", "jobs", "services", "pods", "nodes")
+        return copy.deepcopy({kind: getattr(self, kind) for kind in kinds})
+
     def observe(self) -> Observed:
         return parse_observed(
             jobs=self.jobs.values(),
-            config_maps=self.config_maps.values(),
             services=self.services.values(),
             pods=self.pods.values(),
             claim=Claim("workspace", "Bound"),
+            nodes={name: parse_node(raw) for name, raw in self.nodes.items()},
+            deleted_nodes=frozenset(self.deleted_nodes),
         )
 
     def decide(self) -> tuple[Pipeline, Desired]:
         job, observed = self.job, self.observe()
-        pipeline = derive_pipeline(job, observed, self.settings, self.now)
+        pipeline = derive_pipeline(job, observed, self.settings, self.now, progress=self.progress)
         return pipeline, desired_state(job, observed, pipeline, self.settings, self.now)
 
     def step(self, upto: int | None = None) -> FineTuneJobStatus:
@@ -132,20 +142,32 @@ class Simulation:
             del self.pods[pod["metadata"]["name"]]
 
     def _record(self, record: Any) -> None:
-        there = {"Job": self.jobs, "ConfigMap": self.config_maps}[record.kind].get(record.name)
-        if there is not None:
-            there["metadata"].setdefault("annotations", {}).update(record.annotations)
+        there = {"Job": self.jobs, "Pod": self.pods}[record.kind].get(record.name)
+        if there is None:
+            return
+        there["metadata"].setdefault("annotations", {}).update(record.annotations)
+        if record.stop:
+            # The Job controller's answer to a deadline: the pods get their grace period, here none, and the Job fails.
+            self._end_job(record.name, "DeadlineExceeded")
+
+    def _end_job(self, name: str, reason: str) -> None:
+        for pod in [p for p in self.pods.values() if p["metadata"]["labels"]["job-name"] == name]:
+            if pod["status"]["phase"] in ("Pending", "Running") and not pod["metadata"].get("deletionTimestamp"):
+                del self.pods[pod["metadata"]["name"]]
+        condition = {"type": "Failed", "status": "True", "reason": reason, "message": reason}
+        self.jobs[name]["status"] = {"conditions": [condition]}
 
     def _delete(self, deletion: Any) -> None:
         if deletion.kind == "Job":
             self.delete_job(deletion.name)
         else:
-            {"ConfigMap": self.config_maps, "Service": self.services}[deletion.kind].pop(deletion.name)
+            {"Service": self.services, "Pod": self.pods}[deletion.kind].pop(deletion.name, None)
 
     def _create(self, manifest: Raw) -> None:
         name, raw = manifest["metadata"]["name"], copy.deepcopy(manifest)
         raw["metadata"]["creationTimestamp"] = format_time(self.now)
-        kept = {"Job": self.jobs, "ConfigMap": self.config_maps, "Service": self.services}[manifest["kind"]]
+        raw["metadata"]["uid"] = f"uid-of-{name}"
+        kept = {"Job": self.jobs, "Service": self.services}[manifest["kind"]]
         assert name not in kept, f"{manifest['kind']} {name} was asked for twice"
         kept[name] = raw
         if manifest["kind"] == "Job":
@@ -158,7 +180,12 @@ class Simulation:
         name = f"{job['metadata']['name']}-{index}"
         labels = {**template["metadata"]["labels"], "job-name": job["metadata"]["name"]}
         self.pods[name] = {
-            "metadata": {"name": name, "labels": labels, "annotations": {INDEX_ANNOTATION: str(index)}},
+            "metadata": {
+                "name": name,
+                "uid": f"uid-of-{name}",
+                "labels": labels,
+                "annotations": {**template["metadata"].get("annotations", {}), INDEX_ANNOTATION: str(index)},
+            },
             "spec": template["spec"],
             "status": {"phase": "Pending"},
         }

@@ -96,7 +96,7 @@ def test_deletion_of_a_running_job_leaves_nothing(namespace: str, operator: Oper
     kube.kubectl("delete", "ftj", "tiny", "-n", namespace, "--wait=true", "--timeout=20s")
 
     def left() -> list[kube.Object]:
-        kinds = "jobs,pods,configmaps,services"
+        kinds = "jobs,pods,services"
         return kube.items(kinds, "-n", namespace, "-l", constants.LABEL_JOB_UID)
 
     kube.eventually(lambda: not left(), deadline=60, reason="the garbage collector to remove every child")
@@ -108,18 +108,26 @@ def test_an_object_of_a_childs_name_that_is_not_ours_is_refused(namespace: str, 
     name = pod["metadata"]["labels"]["batch.kubernetes.io/job-name"]
     kube.kubectl("delete", "ftj", "tiny", "-n", namespace)
     kube.eventually(
-        lambda: not kube.items("jobs,configmaps", "-n", namespace, "-l", constants.LABEL_JOB_UID),
+        lambda: not kube.items("jobs,pods", "-n", namespace, "-l", constants.LABEL_JOB_UID),
         deadline=60,
         reason="the first job's children to go",
     )
-    foreign = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "namespace": namespace}}
-    kube.apply({**foreign, "data": {"mine": "yes"}})
+    container = {"name": "mine", "image": "example.invalid/mine"}
+    kube.apply(
+        {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {"name": name, "namespace": namespace, "labels": {"mine": "yes"}},
+            "spec": {"suspend": True, "template": {"spec": {"restartPolicy": "Never", "containers": [container]}}},
+        }
+    )
     submit(namespace)
     job = wait_for_job(namespace, has_reason("NameConflict"), reason="the conflict to be told")
     assert name in job["status"]["message"]
-    assert kube.get("configmap", name, "-n", namespace)["data"] == {"mine": "yes"}
-    assert kube.items("jobs", "-n", namespace) == []
-    kube.kubectl("delete", "configmap", name, "-n", namespace)
+    (theirs,) = kube.items("jobs", "-n", namespace)
+    assert theirs["metadata"]["labels"]["mine"] == "yes"
+    assert "ownerReferences" not in theirs["metadata"]
+    kube.kubectl("delete", "job", name, "-n", namespace)
     kubelet.pods(namespace, "prepare", 1)
 
 
@@ -127,7 +135,7 @@ def test_a_deadline_stops_the_job(namespace: str, operator: OperatorProcess) -> 
     submit(namespace, activeDeadlineSeconds=3)
     job = wait_for_job(namespace, has_phase("Failed"), reason="the deadline")
     assert job["status"]["reason"] == "DeadlineExceeded"
-    assert kube.items("jobs", "-n", namespace) == []
+    assert kube.items("pods", "-n", namespace) == []
 
 
 def test_a_finished_job_is_deleted_when_its_time_is_over(namespace: str, operator: OperatorProcess) -> None:

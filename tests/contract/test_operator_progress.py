@@ -16,6 +16,7 @@ import pytest
 from operator_process import OperatorProcess, make_claim
 from submitted import stage, submit, wait_for_job
 
+from finetune_operator.api import constants
 from finetune_trainer import contract
 from finetune_trainer.progress import ProgressPoster
 
@@ -59,10 +60,9 @@ def write_token(namespace: str, pod: kube.Object, path: Path, audience: str = co
     return str(path)
 
 
-def ca_file(namespace: str, pod: kube.Object, folder: Path) -> str:
-    name = pod["metadata"]["labels"]["batch.kubernetes.io/job-name"]
+def ca_file(pod: kube.Object, folder: Path) -> str:
     path = folder / "ca.crt"
-    path.write_text(kube.get("configmap", name, "-n", namespace)["data"]["ca.crt"])
+    path.write_text(pod["metadata"]["annotations"][constants.ANNOTATION_PROGRESS_CA])
     return str(path)
 
 
@@ -74,7 +74,7 @@ def test_what_a_training_posts_is_seen_in_the_status(
     pod, other = kubelet.pods(namespace, "train", 1, 2)
     for each in (pod, other):
         kubelet.run(namespace, each)
-    target = {"url": url, "caPath": ca_file(namespace, pod, tmp_path)}
+    target = {"url": url, "caPath": ca_file(pod, tmp_path)}
     sources = pod["spec"]["volumes"][0]["projected"]["sources"]
     assert {
         "serviceAccountToken": {"audience": "finetune-operator", "expirationSeconds": 3600, "path": "progress/token"}
@@ -111,7 +111,7 @@ def test_other_tokens_and_wrong_posts_are_refused(
 ) -> None:
     submit(namespace)
     (pod,) = kubelet.pods(namespace, "prepare", 1)
-    context = ssl.create_default_context(cafile=ca_file(namespace, pod, tmp_path))
+    context = ssl.create_default_context(cafile=ca_file(pod, tmp_path))
 
     def post(token: str, body: bytes = b'{"step": 1, "totalSteps": 2}') -> int:
         headers = {"Authorization": f"Bearer {token}"} if token else {}

@@ -32,12 +32,12 @@ def test_a_job_walks_all_stages_and_tells_its_story(namespace: str, operator: Op
     assert status["training"]["step"] == 40
     assert status["evaluation"]["prompts"][0]["tuned"] == "A machine."
     assert set(status["artifacts"]) == {"adapter", "model", "evaluation"}
-    types = ["Succeeded", "Validated", "StorageReady", "Suspended"]
+    types = ["Succeeded", "Validated", "StorageReady", "Healthy", "Suspended"]
     types += ["DataPrepared", "Trained", "Consolidated", "Merged", "Evaluated"]
     assert [each["type"] for each in status["conditions"]] == types
     assert {each["observedGeneration"] for each in status["conditions"]} == {job["metadata"]["generation"]}
 
-    for kind in ("jobs", "configmaps", "services"):
+    for kind in ("jobs", "services"):
         for child in kube.items(kind, "-n", namespace, "-l", constants.LABEL_JOB_UID):
             (owner,) = child["metadata"]["ownerReferences"]
             assert (owner["kind"], owner["uid"]) == ("FineTuneJob", job["metadata"]["uid"])
@@ -121,9 +121,8 @@ def test_stage_json_is_what_the_stage_was_promised(namespace: str, operator: Ope
     kubelet.walk(namespace, "prepare")
     (pod, _) = kubelet.pods(namespace, "train", 1, 2)
     name = pod["metadata"]["labels"]["batch.kubernetes.io/job-name"]
-    config_map = kube.get("configmap", name, "-n", namespace)
-    config = json.loads(config_map["data"]["stage.json"])
-    assert config_map["immutable"]
+    config = json.loads(pod["metadata"]["annotations"][constants.ANNOTATION_STAGE_JSON])
+    assert kube.items("configmaps", "-n", namespace, "-l", constants.LABEL_JOB_UID) == [], "a Job has all that it needs"
     assert config["rendezvous"] == f"{name}-0.{name}:29400"
     assert config["parallelism"]["worldSize"] == 2
     assert set(config["inputs"]) == {"model", "prepare"}

@@ -11,9 +11,9 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -34,12 +34,16 @@ KUBE_PARTS = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "ku
 
 @dataclass(frozen=True)
 class Module:
-    """One go.mod below hack/cluster/go: its packages to build, by the name of the binary, and names linked to it."""
+    """One go.mod below hack/cluster/go: its packages to build, by the name of the binary, and names linked to it.
+
+    `resources`: a Go module and a folder in it with manifests to keep beside the binaries.
+    """
 
     name: str
     packages: dict[str, str]
-    links: dict[str, tuple[str, ...]]
-    ldflags: str
+    links: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    ldflags: str = "-s -w"
+    resources: tuple[str, str] | None = None
 
     @property
     def programs(self) -> tuple[str, ...]:
@@ -63,22 +67,41 @@ MODULES = (
     Module(
         "buildkit",
         {"buildkitd": "github.com/moby/buildkit/cmd/buildkitd", "buildctl": "github.com/moby/buildkit/cmd/buildctl"},
-        {},
-        "-s -w",
     ),
 )
+# Built only for those who ask for the add-on of the same name.
+ADD_ON_MODULES = (
+    Module(
+        "kueue",
+        {"kueue": "sigs.k8s.io/kueue/cmd/kueue"},
+        ldflags="-s -w -X sigs.k8s.io/kueue/pkg/version.GitVersion=v0.12.2",
+        resources=("sigs.k8s.io/kueue", "config/components"),
+    ),
+    Module("kwok", {"kwok": "sigs.k8s.io/kwok/cmd/kwok"}, resources=("sigs.k8s.io/kwok", "kustomize/rbac")),
+)
 _FROM_ASSETS = ("kube-apiserver", "etcd", "kubectl")
+_RESOURCES = "resources"
 
 
 def module_folder(settings: Settings, module: Module) -> Path:
     """Where the module's binaries are or will be. Changes with its sources, its flags and the processor."""
     salt = f"{module.packages} {module.links} {module.ldflags} {architecture()}"
+    if module.resources:
+        salt += f" {module.resources}"
     digest = content_digest([settings.source / "go" / module.name], salt)
     return settings.cache / "bin" / f"{module.name}-{digest[:16]}"
 
 
-def missing_modules(settings: Settings) -> list[Module]:
-    return [module for module in MODULES if not module_folder(settings, module).is_dir()]
+def resources(settings: Settings, name: str) -> Path:
+    """The manifests of an add-on's module, as they lie in it."""
+    module = next(module for module in ADD_ON_MODULES if module.name == name)
+    return module_folder(settings, module) / _RESOURCES
+
+
+def missing_modules(settings: Settings, add_ons: Collection[str] = ()) -> list[Module]:
+    """What is still to be built for the cluster itself and for these add-ons."""
+    wanted = (*MODULES, *(module for module in ADD_ON_MODULES if module.name in add_ons))
+    return [module for module in wanted if not module_folder(settings, module).is_dir()]
 
 
 def find_go() -> Path | None:
@@ -101,7 +124,22 @@ def _build(settings: Settings, module: Module, go: Path) -> None:
     for name, links in module.links.items():
         for link in links:
             (unfinished / link).symlink_to(name)
+    if module.resources:
+        _copy_resources(source, env, go, *module.resources, unfinished / _RESOURCES)
     unfinished.rename(folder)
+
+
+def _copy_resources(source: Path, env: Mapping[str, str], go: Path, name: str, below: str, target: Path) -> None:
+    """Copy the YAML files of a folder of a Go module, which the build has downloaded to Go's own cache."""
+    argv = [str(go), "list", "-m", "-f", "{{.Dir}}", name]
+    listed = subprocess.run(argv, cwd=source, env=env, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        raise ClusterProblem(f"the folder of {name} is not known to go: {listed.stderr.strip()}")
+    folder = Path(listed.stdout.strip()) / below
+    for file in folder.rglob("*.yaml"):
+        copy = target / file.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())  # without its mode: Go's cache is read-only
 
 
 def _run_build(argv: list[str], source: Path, env: dict[str, str], line: Progress, name: str) -> None:
@@ -136,12 +174,12 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         yield
 
 
-def build_missing(settings: Settings) -> None:
+def build_missing(settings: Settings, add_ons: Collection[str] = ()) -> None:
     """Build what is not in the cache, and delete binaries of earlier inputs."""
-    if not missing_modules(settings):
+    if not missing_modules(settings, add_ons):
         return
     with exclusive(settings.cache / "bin.lock", "it builds the cluster's binaries"):
-        for module in missing_modules(settings):
+        for module in missing_modules(settings, add_ons):
             go = find_go()
             if go is None:
                 raise ClusterProblem("no `go` command found; install Go 1.25 or newer from the Go project's site")
@@ -164,7 +202,8 @@ def _asset_fits(program: Path) -> bool:
 @functools.cache
 def programs(settings: Settings) -> Mapping[str, Path]:
     """Every program by name, decided once a run. What is not built yet (build_missing) is named all the same."""
-    found = {name: module_folder(settings, module) / name for module in MODULES for name in module.programs}
+    modules = (*MODULES, *ADD_ON_MODULES)
+    found = {name: module_folder(settings, module) / name for module in modules for name in module.programs}
     if settings.assets is not None:
         for name in _FROM_ASSETS:
             program = settings.assets / name

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import binaries, digests, image_build, images, lifecycle, status, workspace
+from . import binaries, digests, image_build, images, kueue, kwok, lifecycle, status, workspace
 from .problem import ClusterProblem
 from .settings import IMAGE_NAMESPACE, Settings, current_settings
 from .terminal import say
+
+Command = Callable[[Settings, argparse.Namespace], int]
 
 
 def _up(settings: Settings, options: argparse.Namespace) -> int:
@@ -53,6 +55,8 @@ def environment(settings: Settings, path: str) -> dict[str, str]:
         "CLUSTER_HELM": str(programs["helm"]),
         "CLUSTER_WORKSPACE": str(settings.workspace),
         "CLUSTER_LOGS": str(settings.logs),
+        "FINETUNE_AUDIT_LOG": str(settings.audit_log),
+        "FINETUNE_OPERATOR_KUBECONFIG": str(settings.operator_kubeconfig),
     }
 
 
@@ -107,11 +111,36 @@ def _workspace_pvc(settings: Settings, options: argparse.Namespace) -> int:
     return 0
 
 
+def _kueue_up(settings: Settings, _: argparse.Namespace) -> int:
+    lifecycle.start_add_on(settings, kueue.NAME, kueue.start)
+    say("kueue: up; Jobs with the label kueue.x-k8s.io/queue-name wait for its admission")
+    return 0
+
+
+def _kueue_down(settings: Settings, _: argparse.Namespace) -> int:
+    lifecycle.stop_add_on(settings, kueue.NAME, kueue.stop)
+    say("kueue: down, its kinds and webhooks are gone")
+    return 0
+
+
+def _kwok_up(settings: Settings, options: argparse.Namespace) -> int:
+    stages = [file.resolve() for file in options.stages]
+    lifecycle.start_add_on(settings, kwok.NAME, lambda settings: kwok.start(settings, stages, options.nodes))
+    say(f"kwok: up; it plays the nodes with the annotation {kwok.FAKE}=fake")
+    return 0
+
+
+def _kwok_down(settings: Settings, _: argparse.Namespace) -> int:
+    lifecycle.stop_add_on(settings, kwok.NAME, kwok.stop)
+    say("kwok: down, its nodes are gone")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cluster.py", description="A real single-node Kubernetes on this machine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[Settings, argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Command, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
         return command
@@ -142,7 +171,26 @@ def _parser() -> argparse.ArgumentParser:
     claim = add("workspace-pvc", _workspace_pvc, "make a workspace folder; print its volume and claim to apply")
     claim.add_argument("--namespace", required=True)
     claim.add_argument("--name", required=True)
+    _add_on_commands(commands)
     return parser
+
+
+def _add_on_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """`kueue up`, `kueue down`, `kwok up`, `kwok down`."""
+
+    def actions(name: str, text: str, up: Command, down: Command) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        below = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+        start = below.add_parser("up", help="build it if it never was, start it, wait until it is ready")
+        start.set_defaults(run=up)
+        below.add_parser("down", help="end it and remove all of it from the cluster").set_defaults(run=down)
+        return start
+
+    actions("kueue", "Kueue, the queue of Jobs, with its webhooks", _kueue_up, _kueue_down)
+    start = actions("kwok", "KWOK, which plays nodes that do not exist, and their pods", _kwok_up, _kwok_down)
+    text = "files with KWOK's Stage objects, all that shall apply; without any, KWOK's own"
+    start.add_argument("--stages", nargs="+", action="extend", default=[], type=Path, metavar="FILE", help=text)
+    start.add_argument("--nodes", type=int, default=0, help="how many plain fake nodes to make")
 
 
 def main(arguments: list[str]) -> int:
@@ -150,7 +198,7 @@ def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     # A login shell of root may lack the folders that ip, nft and runc are in.
     os.environ["PATH"] = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    run: Callable[[Settings, argparse.Namespace], int] = options.run
+    run: Command = options.run
     try:
         return run(current_settings(), options)
     except ClusterProblem as problem:

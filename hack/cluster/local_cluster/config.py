@@ -17,6 +17,7 @@ from .settings import (
     NFT_TABLE,
     NODE_IP,
     NODE_NAME,
+    OPERATOR_USER,
     POD_CIDR,
     Settings,
 )
@@ -132,6 +133,23 @@ def kube_proxy(settings: Settings) -> str:
         },
         indent=1,
     )
+
+
+def audit_policy() -> str:
+    """What the API server's audit log keeps: who of the operator asked for what and was it allowed. JSON.
+
+    A policy names users in full, so the operator's service account, whose name and namespace a release chooses, is
+    found by its group: readers look for `system:serviceaccount:<namespace>:finetune-operator...` in `user.username`.
+    The policy sees who authenticated, before impersonation: `kubectl --as` is logged as the admin, which is not at all.
+    """
+    kept = {"level": "Metadata", "omitStages": ["RequestReceived"]}  # the later stages say all that it does
+    rules: list[dict[str, object]] = [
+        {"level": "None", "userGroups": ["system:serviceaccounts:kube-system"]},  # Kubernetes' own controllers
+        {**kept, "userGroups": ["system:serviceaccounts"]},
+        {**kept, "users": [OPERATOR_USER]},
+        {"level": "None"},
+    ]
+    return json.dumps({"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "rules": rules}, indent=1)
 
 
 def corefile(settings: Settings, resolv_conf: str, has_upstream: bool) -> str:

@@ -4,55 +4,102 @@
 ends processes by record and by cgroup, then removes what they made, then looks for leftovers.
 """
 
-import json
 import os
 import shutil
-import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from . import binaries, cgroups, config, images, leftovers, mounts, network, packages, pki, preflight, probes, processes
-from .parts import PART_NAMES, Part, cluster_parts
+from . import (
+    binaries,
+    cgroups,
+    config,
+    images,
+    kubectl,
+    kueue,
+    kwok,
+    leftovers,
+    mounts,
+    network,
+    packages,
+    pki,
+    preflight,
+    probes,
+    processes,
+    supervise,
+)
+from .parts import ADD_ON_NAMES, PART_NAMES, cluster_parts
 from .problem import ClusterProblem
 from .settings import NODE_NAME, POD_UID, Settings
 from .terminal import Progress, say
 
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _BUILD_CACHE_BYTES = 24 * config.GIB  # twice the installed dependencies of the trainer image, as layer and as blob
+# How `up` starts an add-on that was running when the machine or the add-on went down.
+_START_AGAIN: dict[str, Callable[[Settings], None]] = {kueue.NAME: kueue.resume, kwok.NAME: kwok.resume}
 
 
-def check_machine(settings: Settings, image_gib: int) -> None:
+def check_machine(settings: Settings, image_gib: int, add_ons: Collection[str] = ()) -> None:
     """Refuse with every problem at once, before anything is changed."""
     if os.geteuid() == 0:
         network.load_modules()
-    found = preflight.problems(preflight.observe(settings, image_gib))
+    found = preflight.problems(preflight.observe(settings, image_gib, add_ons))
     if found:
         raise ClusterProblem("the cluster cannot start:\n" + "\n".join(f"  - {problem}" for problem in found))
 
 
-def build(settings: Settings) -> None:
+def build(settings: Settings, add_ons: Collection[str] = ()) -> None:
     """Packages, binaries and base image: all that `up` needs and a fresh machine lacks."""
     packages.install(packages.missing())
-    binaries.build_missing(settings)
+    binaries.build_missing(settings, add_ons)
     images.make_base(settings)
 
 
 def up(settings: Settings, image_gib: int = 0) -> None:
     """Bring the cluster to running. Raises ClusterProblem with the failing part's last log lines."""
-    check_machine(settings, image_gib)
-    build(settings)
+    add_ons = wanted_add_ons(settings)
+    check_machine(settings, image_gib, add_ons)
+    build(settings, add_ons)
     with binaries.exclusive(settings.state / "lock", "it starts or stops the cluster"):
         if _made_before_reboot(settings):
             say("  the machine was restarted since: clearing what is left of the last run")
             _remove_runtime(settings)
         _prepare(settings)
         for part in cluster_parts(settings, binaries.programs(settings)):
-            _ensure(settings, part)
+            supervise.ensure(settings, part)
             if part.name == "containerd":
                 images.import_node_images(settings)
             if part.name == "kube-apiserver":
                 _apply_dns_rbac(settings)
         _wait_for_cluster(settings)
+        for name in add_ons:
+            _START_AGAIN[name](settings)
+
+
+def wanted_add_ons(settings: Settings) -> tuple[str, ...]:
+    """The add-ons that were started in this cluster's life and not stopped, whether they run or not."""
+    return tuple(name for name in ADD_ON_NAMES if (settings.config / f"{name}.json").exists())
+
+
+def start_add_on(settings: Settings, name: str, start: Callable[[Settings], None]) -> None:
+    """Build the add-on if it was never built, then `start` it in the running cluster."""
+    _require_api_server(settings, f"{name} up")
+    check_machine(settings, 0, (*wanted_add_ons(settings), name))
+    binaries.build_missing(settings, (name,))
+    with binaries.exclusive(settings.state / "lock", "it starts or stops the cluster"):
+        start(settings)
+
+
+def stop_add_on(settings: Settings, name: str, stop: Callable[[Settings], None]) -> None:
+    """`stop` the add-on, which may be dead or never have been started."""
+    _require_api_server(settings, f"{name} down")
+    with binaries.exclusive(settings.state / "lock", "it starts or stops the cluster"):
+        stop(settings)
+
+
+def _require_api_server(settings: Settings, command: str) -> None:
+    if os.geteuid() != 0:
+        raise ClusterProblem(f"`{command}` needs root, like `up`")
+    if processes.find_running(settings, "kube-apiserver") is None:
+        raise ClusterProblem(f"no cluster is running: `cluster.py up` first, then `cluster.py {command}`")
 
 
 def _made_before_reboot(settings: Settings) -> bool:
@@ -87,6 +134,8 @@ def _write_config(settings: Settings) -> None:
     config.write(folder / "kube-proxy.json", config.kube_proxy(settings))
     config.write(folder / "Corefile", config.corefile(settings, resolv_conf, upstream))
     config.write(folder / "buildkitd.toml", config.buildkitd(settings, _BUILD_CACHE_BYTES))
+    config.write(folder / "audit-policy.json", config.audit_policy())
+    settings.audit_log.parent.mkdir(mode=0o700, exist_ok=True)
 
 
 def _oom_score_restricted() -> bool:
@@ -97,58 +146,23 @@ def _oom_score_restricted() -> bool:
     return True
 
 
-def _ensure(settings: Settings, part: Part) -> None:
-    """Start the part unless it runs with these very inputs, and wait until it is ready."""
-    env = {"PATH": _PATH, "HOME": "/root", **part.env}
-    inputs = processes.inputs_digest(part.argv, env, part.files)
-    running = processes.find_running(settings, part.name)
-    if running is not None and running.inputs == inputs and probes.probe(settings, part.probe) is None:
-        return
-    with Progress(part.name) as line:
-        if running is None or running.inputs != inputs:
-            processes.stop(settings, part.name)
-            running = processes.start(settings, part.name, part.argv, env, inputs)
-
-        def check() -> str | None:
-            if processes.find_running(settings, part.name) is None:
-                raise ClusterProblem(f"{part.name} ended")
-            return probes.probe(settings, part.probe)
-
-        try:
-            probes.wait(line, part.name, part.ready_within_s, check)
-        except ClusterProblem as problem:
-            tail = processes.log_tail(settings, part.name)
-            log = settings.logs / f"{part.name}.log"
-            raise ClusterProblem(f"{problem}; the end of {log}:\n{tail}") from problem
-
-
-def kubectl(settings: Settings, *arguments: str, stdin: str | None = None) -> str:
-    """kubectl as the admin; its output."""
-    argv = [str(binaries.programs(settings)["kubectl"]), "--kubeconfig", str(settings.kubeconfig), *arguments]
-    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise ClusterProblem(f"`kubectl {' '.join(arguments)}` failed: {done.stderr.strip()}")
-    return done.stdout
-
-
 def _apply_dns_rbac(settings: Settings) -> None:
-    items = {"apiVersion": "v1", "kind": "List", "items": config.dns_rbac()}
-    kubectl(settings, "apply", "--server-side", "--force-conflicts", "-f", "-", stdin=json.dumps(items))
+    kubectl.apply(settings, config.dns_rbac())
 
 
 def _wait_for_cluster(settings: Settings) -> None:
     """The node is ready and pods can be admitted: the default namespace has its service account."""
 
     def node() -> str | None:
-        listed = json.loads(kubectl(settings, "get", "node", "--ignore-not-found", NODE_NAME, "-o", "json") or "{}")
-        conditions = listed.get("status", {}).get("conditions", [])
+        listed = kubectl.find(settings, "node", NODE_NAME)
+        conditions = listed[0]["status"].get("conditions", []) if listed else []
         ready = next((item for item in conditions if item["type"] == "Ready"), None)
         if ready is None:
             return "the node has not registered"
         return None if ready["status"] == "True" else str(ready["message"])
 
     def service_account() -> str | None:
-        found = kubectl(settings, "get", "serviceaccount", "default", "--ignore-not-found", "-o", "name")
+        found = kubectl.find(settings, "serviceaccount", "default")
         return None if found else "the default namespace has no service account yet"
 
     if node() is None and service_account() is None:
@@ -182,7 +196,8 @@ def down(settings: Settings, purge: bool = False) -> None:
 
 def _end_processes(settings: Settings) -> None:
     # The kubelet first, or it would start again what is ended next; containerd while it can still forget containers.
-    for name in ("kubelet", "kube-proxy", "coredns", "kube-scheduler", "kube-controller-manager", "buildkitd"):
+    workers = ("kubelet", "kube-proxy", "coredns", "kube-scheduler", "kube-controller-manager", "buildkitd")
+    for name in (*ADD_ON_NAMES, *workers):
         processes.stop(settings, name)
     for group in ("kubepods", "buildkit"):
         cgroups.end_processes(group)

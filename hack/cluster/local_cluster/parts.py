@@ -3,11 +3,20 @@
 Pure tables over Settings; lifecycle.py starts them. A part's `files` are configuration whose change restarts it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .settings import API_PORT, CLUSTER_DOMAIN, NODE_IP, NODE_NAME, SERVICE_CIDR, Settings
+from .settings import (
+    API_PORT,
+    CLUSTER_DOMAIN,
+    KUEUE_HEALTH,
+    KWOK_SERVER,
+    NODE_IP,
+    NODE_NAME,
+    SERVICE_CIDR,
+    Settings,
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ def _etcd(settings: Settings, program: Path) -> Part:
 
 def _apiserver(settings: Settings, program: Path) -> Part:
     pki = settings.pki
+    audit_policy = settings.config / "audit-policy.json"
     argv = _flags(
         etcd_servers="https://127.0.0.1:12379",
         etcd_cafile=pki / "etcd-ca.crt",
@@ -81,8 +91,12 @@ def _apiserver(settings: Settings, program: Path) -> Part:
         kubelet_client_key=pki / "apiserver-to-kubelet.key",
         kubelet_certificate_authority=pki / "ca.crt",
         kubelet_preferred_address_types="InternalIP",  # the node's name is in no DNS
+        audit_policy_file=audit_policy,
+        audit_log_path=settings.audit_log,
+        audit_log_maxsize=50,  # MiB; with the one file before it, 100 in all
+        audit_log_maxbackup=1,
     )
-    return Part("kube-apiserver", (str(program), *argv), f"https://127.0.0.1:{API_PORT}/readyz")
+    return Part("kube-apiserver", (str(program), *argv), f"https://127.0.0.1:{API_PORT}/readyz", (audit_policy,))
 
 
 def _control_loop(settings: Settings, program: Path, port: int, **flags: object) -> Part:
@@ -97,6 +111,9 @@ def _control_loop(settings: Settings, program: Path, port: int, **flags: object)
         tls_cert_file=pki / "control-plane.crt",
         tls_private_key_file=pki / "control-plane.key",
         leader_elect="false",
+        # By default 20 and 50 requests a second, which a few dozen Jobs would wait for; managed clusters set more.
+        kube_api_qps="1000",
+        kube_api_burst="2000",
         **flags,
     )
     return Part(name, (str(program), *argv), f"https://127.0.0.1:{port}/healthz")
@@ -108,6 +125,7 @@ def _controller_manager(settings: Settings, program: Path) -> Part:
         program,
         10257,
         use_service_account_credentials="true",
+        concurrent_job_syncs="20",
         pvclaimbinder_sync_period="2s",  # 15 s by default, which a claim made just after its volume waits for
         service_account_private_key_file=settings.pki / "service-accounts.key",
         root_ca_file=settings.pki / "ca.crt",
@@ -173,6 +191,28 @@ def cluster_parts(settings: Settings, programs: Mapping[str, Path]) -> tuple[Par
     )
 
 
+def kueue_part(settings: Settings, program: Path) -> Part:
+    """Kueue, which the API server asks about every Job: see kueue.py."""
+    config = settings.config / "kueue.json"
+    argv = _flags(
+        config=config,
+        kubeconfig=settings.pki / "kueue.kubeconfig",
+        zap_log_level=2,  # what its own installation sets; says why a workload was not admitted
+    )
+    return Part("kueue", (str(program), *argv), f"http://{KUEUE_HEALTH[0]}:{KUEUE_HEALTH[1]}/readyz", (config,))
+
+
+def kwok_part(settings: Settings, program: Path, stages: Sequence[Path]) -> Part:
+    """KWOK with the caller's Stage files: see kwok.py."""
+    config = settings.config / "kwok.json"
+    configs = tuple(f"--config={file}" for file in (config, *stages))
+    argv = (str(program), *configs, f"--kubeconfig={settings.pki / 'kwok.kubeconfig'}")
+    # It reads ~/.kwok/kwok.yaml before any other file, and that one would be somebody's own.
+    env = {"HOME": str(settings.config)}
+    return Part("kwok", argv, f"http://{KWOK_SERVER[0]}:{KWOK_SERVER[1]}/healthz", (config, *stages), env)
+
+
+ADD_ON_NAMES = ("kueue", "kwok")
 PART_NAMES = (
     "etcd",
     "containerd",

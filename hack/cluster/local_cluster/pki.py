@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .problem import ClusterProblem
-from .settings import API_PORT, API_SERVICE_IP, CLUSTER_DOMAIN, NODE_IP, NODE_NAME, Settings
+from .settings import API_PORT, API_SERVICE_IP, CLUSTER_DOMAIN, NODE_IP, NODE_NAME, OPERATOR_USER, Settings
 
 _DAYS = "365"
 AUTHORITIES = ("ca", "etcd-ca", "front-proxy-ca")
@@ -53,9 +53,22 @@ CERTIFICATES = (
     Certificate("kube-proxy", "/CN=system:kube-proxy"),
     Certificate("coredns", "/CN=system:coredns"),
     Certificate("kubelet", _NODE_SUBJECT),
+    Certificate("kueue", "/CN=kueue", ("IP:127.0.0.1",)),  # a client, and the server of its webhooks
+    Certificate("kwok", "/CN=kwok", ("IP:127.0.0.1",)),  # a client, and the kubelet's server of its nodes
+    Certificate(OPERATOR_USER, f"/CN={OPERATOR_USER}"),
 )
 # Certificates that become a kubeconfig of the same name.
-CLIENTS = ("admin", "kube-controller-manager", "kube-scheduler", "kube-proxy", "coredns", "kubelet")
+CLIENTS = (
+    "admin",
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kube-proxy",
+    "coredns",
+    "kubelet",
+    "kueue",
+    "kwok",
+    OPERATOR_USER,
+)
 
 
 def _openssl(*arguments: str, cwd: Path) -> None:

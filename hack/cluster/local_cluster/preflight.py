@@ -7,17 +7,17 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import binaries, cgroups, images, packages, processes
-from .parts import PART_NAMES
+from .parts import ADD_ON_NAMES, PART_NAMES
 from .settings import ANY_ADDRESS, PORTS, Settings
 
 GIB = 1024**3
 # Disk that each missing thing takes while it is made, in GiB; measured, with a margin.
-_GIB_FOR_MODULE = {"kubernetes": 7, "buildkit": 2}
+_GIB_FOR_MODULE = {"kubernetes": 7, "buildkit": 2, "kueue": 3, "kwok": 2}
 _GIB_FOR_BASE = 2
 _GIB_FOR_RUNNING = 2
 _NEEDED_FILE_SYSTEMS = ("overlay",)
@@ -64,7 +64,8 @@ def problems(machine: Machine) -> list[str]:
         found.append(f"there is no apt-get to install these packages with, so install them yourself: {names}")
     if machine.missing_modules and not machine.has_go:
         found.append(
-            "there is no `go` command to build Kubernetes with: install Go 1.25 or newer so that `go` is on the PATH"
+            f"there is no `go` command to build {' and '.join(machine.missing_modules)} with: "
+            "install Go 1.25 or newer so that `go` is on the PATH"
         )
     if machine.free_bytes < needed_gib(machine) * GIB:
         found.append(
@@ -111,9 +112,13 @@ def listeners(table: str) -> list[Listener]:
     return found
 
 
-def conflicts(listening: Iterable[Listener]) -> dict[int, Listener]:
-    """Which of the cluster's ports are taken, and by which socket: same port, and same or a wildcard address. Pure."""
-    places = [place for places in PORTS.values() for place in places]
+def conflicts(listening: Iterable[Listener], add_ons: Collection[str] = ()) -> dict[int, Listener]:
+    """Which ports of the cluster and of these add-ons are taken, and by which socket. Pure.
+
+    A socket is in the way on the same port, with the same or a wildcard address.
+    """
+    unwanted = set(ADD_ON_NAMES) - set(add_ons)
+    places = [place for name, places in PORTS.items() if name not in unwanted for place in places]
     return {
         port: listener
         for listener in listening
@@ -133,12 +138,12 @@ def _holder(inode: str) -> tuple[int, str] | None:
     return None
 
 
-def taken_ports(ours: set[int]) -> dict[int, str]:
+def taken_ports(ours: set[int], add_ons: Collection[str] = ()) -> dict[int, str]:
     """Ports of the cluster that somebody else holds, with a description of who. Only root can tell."""
     tables = [Path("/proc/net") / name for name in ("tcp6", "tcp")]
     listening = [listener for table in tables if table.exists() for listener in listeners(table.read_text())]
     taken = {}
-    for port, listener in conflicts(listening).items():
+    for port, listener in conflicts(listening, add_ons).items():
         holder = _holder(listener.inode)
         if holder is None:
             taken[port] = "a process in another container"
@@ -152,14 +157,15 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def observe(settings: Settings, image_gib: int = 0) -> Machine:
-    """Look at the machine. Starts and changes nothing."""
-    ours = {record.pid for name in PART_NAMES if (record := processes.find_running(settings, name))}
+def observe(settings: Settings, image_gib: int = 0, add_ons: Collection[str] = ()) -> Machine:
+    """Look at the machine, for the cluster and these add-ons. Starts and changes nothing."""
+    names = (*PART_NAMES, *ADD_ON_NAMES)
+    ours = {record.pid for name in names if (record := processes.find_running(settings, name))}
     tightest = min((settings.state, settings.cache), key=_free_bytes)
     return Machine(
         is_root=os.geteuid() == 0,
         is_linux=sys.platform == "linux",
-        missing_modules=tuple(module.name for module in binaries.missing_modules(settings)),
+        missing_modules=tuple(module.name for module in binaries.missing_modules(settings, add_ons)),
         has_go=binaries.find_go() is not None,
         missing_packages=tuple(packages.missing()),
         has_apt=shutil.which("apt-get") is not None,
@@ -169,5 +175,5 @@ def observe(settings: Settings, image_gib: int = 0) -> Machine:
         disk=str(tightest),
         file_systems=tuple(Path("/proc/filesystems").read_text().split()),
         has_cgroups=bool(cgroups.hierarchies(Path("/proc/mounts").read_text())),
-        taken=taken_ports(ours | cgroups.processes()) if os.geteuid() == 0 else {},
+        taken=taken_ports(ours | cgroups.processes(), add_ons) if os.geteuid() == 0 else {},
     )

@@ -24,11 +24,16 @@ API_SERVICE_IP = "10.96.0.1"
 CLUSTER_DOMAIN = "cluster.local"
 IMAGE_NAMESPACE = "k8s.io"  # containerd's namespace that the kubelet reads
 POD_UID = 65532
+OPERATOR_USER = "finetune-operator-under-test"
 
 API_PORT = 6443
 ANY_ADDRESS = "0.0.0.0"
 LOOPBACK = "127.0.0.1"
-# What listens where, by part.
+KUEUE_WEBHOOK = (LOOPBACK, 12443)
+KUEUE_METRICS = (LOOPBACK, 12444)
+KUEUE_HEALTH = (LOOPBACK, 12445)
+KWOK_SERVER = (LOOPBACK, 10247)
+# What listens where, by part and add-on.
 PORTS: dict[str, tuple[tuple[str, int], ...]] = {
     "etcd": ((LOOPBACK, 12379), (LOOPBACK, 12380), (LOOPBACK, 12381)),
     "kube-apiserver": ((ANY_ADDRESS, API_PORT),),
@@ -37,6 +42,8 @@ PORTS: dict[str, tuple[tuple[str, int], ...]] = {
     "kubelet": ((LOOPBACK, 10248), (NODE_IP, 10250)),
     "kube-proxy": ((LOOPBACK, 10249), (LOOPBACK, 10256)),
     "coredns": ((LOOPBACK, 8181), (NODE_IP, 53)),
+    "kueue": (KUEUE_WEBHOOK, KUEUE_METRICS, KUEUE_HEALTH),
+    "kwok": (KWOK_SERVER,),
 }
 
 
@@ -66,6 +73,16 @@ class Settings:
     @property
     def kubeconfig(self) -> Path:
         return self.cluster / "admin.kubeconfig"
+
+    @property
+    def audit_log(self) -> Path:
+        """Who of the operator asked the API server for what. In a folder of its own, with the files before it."""
+        return self.cluster / "audit" / "audit.log"
+
+    @property
+    def operator_kubeconfig(self) -> Path:
+        """For a process under test: a user without any role, whose requests are in the audit log."""
+        return self.pki / f"{OPERATOR_USER}.kubeconfig"
 
     @property
     def logs(self) -> Path:

@@ -3,11 +3,17 @@
 import os
 from pathlib import Path
 
-from . import binaries, images, leftovers, lifecycle, probes, processes
-from .parts import cluster_parts
+from . import binaries, images, kubectl, leftovers, lifecycle, probes, processes
+from .parts import Part, cluster_parts, kueue_part, kwok_part
 from .problem import ClusterProblem
 from .settings import KUBERNETES_VERSION, Settings
 from .terminal import table
+
+# What to do about an add-on that died; of the other parts `up` is the known remedy.
+_REMEDIES = {
+    "kueue": "not running, so no Job can be created or changed: run `cluster.py kueue up`, or `cluster.py kueue down`",
+    "kwok": "not running, so its nodes become unready: run `cluster.py up`, or `cluster.py kwok down`",
+}
 
 
 def disk_bytes(folder: Path) -> int:
@@ -30,20 +36,30 @@ def report(settings: Settings) -> tuple[str, bool]:
     """The text to print, and whether every part runs and is ready."""
     rows: list[tuple[str, ...]] = [("PART", "PID", "STATE")]
     healthy = True
-    for part in cluster_parts(settings, binaries.programs(settings)):
+    for part in (*cluster_parts(settings, binaries.programs(settings)), *_add_ons(settings)):
         running = processes.find_running(settings, part.name)
         reason = probes.probe(settings, part.probe) if running else None
-        state = "not running" if running is None else "ready" if reason is None else f"not ready: {reason}"
+        if running is None:
+            state = _REMEDIES.get(part.name, "not running")
+        else:
+            state = "ready" if reason is None else f"not ready: {reason}"
         healthy = healthy and state == "ready"
         rows.append((part.name, str(running.pid) if running else "-", state))
     text = [f"Kubernetes {KUBERNETES_VERSION}", table(rows)]
     if healthy:
-        text += [lifecycle.kubectl(settings, "get", "nodes", "-o", "wide").rstrip(), _images(settings)]
+        text += [kubectl.run(settings, "get", "nodes", "-o", "wide").rstrip(), _images(settings)]
     elif not any(row[1] != "-" for row in rows[1:]):
         left = leftovers.find(settings) or ["nothing"]
         text.append("left of an earlier run:\n  " + "\n  ".join(left))
     text.append(_disk(settings))
     return "\n\n".join(text), healthy
+
+
+def _add_ons(settings: Settings) -> list[Part]:
+    """The add-ons that ought to run."""
+    programs = binaries.programs(settings)
+    parts = {"kueue": kueue_part(settings, programs["kueue"]), "kwok": kwok_part(settings, programs["kwok"], ())}
+    return [parts[name] for name in lifecycle.wanted_add_ons(settings)]
 
 
 def _images(settings: Settings) -> str:

@@ -1,15 +1,18 @@
-"""Triggers in: kopf watches FineTuneJobs and their children, and every event only wakes the work queue.
+"""Triggers in: what is watched, and which events wake which job.
 
-The only module that imports kopf. Nothing is decided here, no state is kept but which of our own status writes need no
-answer, and kopf writes nothing: no finalizers, no annotations, no events.
+The only module that imports kopf. kopf starts and stops the process, logs in, and follows FineTuneJobs; it writes
+nothing: no finalizers, no annotations, no events. kube/reflector.py follows children, nodes and Kueue's Workloads.
+All of it ends in one cache and wakes the work queue; nothing is decided here. Every replica keeps its cache filled, and
+only the one that holds the Lease works.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
+from importlib.metadata import version
 from typing import Any
 
 import kopf
@@ -17,20 +20,48 @@ import kopf
 from finetune_operator.api import constants
 from finetune_operator.config import OperatorConfig
 from finetune_operator.core import names
+from finetune_operator.core.cache import JOB, NODE, POD, SERVICE, WORKLOAD, Cache, Wake
+from finetune_operator.core.measures import derive_observations
+from finetune_operator.core.queueing import GROUP as KUEUE
+from finetune_operator.core.queueing import find_api_version
 from finetune_operator.core.settings import Settings
-from finetune_operator.health import HealthServer, WatchEchoes
+from finetune_operator.health import ApiServerAnswers, HealthServer, WatchEchoes, silent_watches
+from finetune_operator.job_audit import JobAudit
 from finetune_operator.kube.client import Client, ClusterError, connect
-from finetune_operator.kube.observe import check_kind_is_served
-from finetune_operator.progress.certificates import keep_authority
-from finetune_operator.progress.senders import Senders
-from finetune_operator.progress.server import ProgressServer, ProgressStore, monotonic
-from finetune_operator.reconcile import reconcile
+from finetune_operator.kube.observe import Facts, check_kind_is_served, read_if_served
+from finetune_operator.kube.reflector import Reflector
+from finetune_operator.leadership import LeaderElection, make_identity
+from finetune_operator.metrics import Metrics, Sources
+from finetune_operator.progress.endpoint import ProgressEndpoint
+from finetune_operator.progress.server import monotonic
+from finetune_operator.reconcile import Cluster, reconcile
 from finetune_operator.work_queue import Key, WorkQueue
 
 logger = logging.getLogger(__name__)
 
-CHILDREN = (("batch", "v1", "jobs"), ("", "v1", "pods"))
-"""Kinds whose events wake a job's reconcile. ConfigMaps and Services are read then, and not watched."""
+LAZY_SECONDS = 1.0
+"""Events that only change what is shown are gathered for so long: an ordinary start of a pod is one status write."""
+KUEUE_LOOK_SECONDS = 60.0
+"""How often it is looked for while it is not there."""
+
+
+class _Feed:
+    """Puts what a reflector tells of one kind into the cache."""
+
+    def __init__(self, cache: Cache, kind: str, namespace: str, on_wakes: Callable[[Iterable[Wake]], None]) -> None:
+        self._cache = cache
+        self._kind = kind
+        self._namespace = namespace
+        self._on_wakes = on_wakes
+
+    def put(self, raw: dict[str, Any]) -> None:
+        self._on_wakes(self._cache.put(self._kind, raw))
+
+    def remove(self, raw: dict[str, Any]) -> None:
+        self._on_wakes(self._cache.remove(self._kind, raw))
+
+    def replace_all(self, raws: list[dict[str, Any]], list_version: int) -> None:
+        self._on_wakes(self._cache.replace_all(self._kind, raws, list_version, namespace=self._namespace))
 
 
 class Operator:
@@ -39,93 +70,254 @@ class Operator:
     def __init__(self, config: OperatorConfig) -> None:
         self.config = config
         self._settings: Settings = config.settings()
+        self._cache = Cache()
         self._client: Client | None = None
+        self._cluster: Cluster | None = None
         self._queue: WorkQueue | None = None
-        self._progress: ProgressStore | None = None
-        self._server: ProgressServer | None = None
-        self._health = HealthServer(self.problems)
+        self._audit: JobAudit | None = None
+        self._election: LeaderElection | None = None
+        self._reflectors: dict[tuple[str, str], Reflector] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._kueue_version: str | None = None
         self._echoes = WatchEchoes(monotonic)
-        self._written: dict[Key, str] = {}
+        self._answers = ApiServerAnswers(monotonic)
+        self._metrics = Metrics(
+            Sources(
+                is_leader=lambda: self._leads,
+                statuses=lambda: (job.status for job in self._cache.jobs()),
+                watch_ages=self._watch_ages,
+                now=_now,
+            ),
+            version("finetune-operator"),
+        )
+        self._health = HealthServer(self.problems, self.missing, self._metrics.render if config.metrics else None)
+        self._progress: ProgressEndpoint | None = None
+        if config.progress_url:
+            self._progress = ProgressEndpoint(
+                config, self._cache, self._wake, self._leader, clock=monotonic, now=_now, on_trust=self._trust
+            )
+
+    @property
+    def _leads(self) -> bool:
+        return self._election.is_leader if self._election is not None else self._queue is not None
+
+    def _leader(self) -> str:
+        return self._election.leader if self._election is not None else ""
 
     async def start(self) -> None:
         """Called again after a ClusterError, until it goes through."""
         if self._client is None:
-            self._client = await connect()
+            self._client = await connect(self._requested)
         await check_kind_is_served(self._client)
-        self._queue = WorkQueue(self._process)
-        if self.config.progress_url:
-            await self._serve_progress(self._client, self._queue)
+        if self._progress is not None:
+            await self._progress.start(self._client)
+            self._trust(self._progress.trusted())
         if self.config.health_port:
             await self._health.start(self.config.health_port)
+        # Nothing from here on may fail: it would be done a second time.
+        self._cluster = Cluster(self._client, self._cache, Facts(self._client, monotonic), lambda: self._kueue_version)
+        self._audit = JobAudit(self._client, self._cache, self.config.watch_namespaces, self._on_wakes, monotonic)
+        self._spawn(self._audit.run(), "audit")
+        for kind, path in (
+            (JOB, "/apis/batch/v1/{}jobs"),
+            (POD, "/api/v1/{}pods"),
+            (SERVICE, "/api/v1/{}services"),
+        ):
+            self._follow(kind, path, label_selector=names.managed_selector())
+        if self._settings.nodes.watch:
+            self._reflect(NODE, "", "/api/v1/nodes", optional=True)
+        if self._settings.queue_enabled:
+            self._spawn(self._look_for_kueue(self._client), "kueue")
+        self._spawn(self._begin(self._client), "begin")
 
-    def problems(self) -> list[str]:
-        """What shows that this process has frozen; empty while it works."""
-        stuck = [f"reconcile of {namespace}/{name} does not end" for namespace, name in self._stuck()]
-        deaf = [f"watch does not show our write of {namespace}/{name}" for namespace, name in self._echoes.overdue()]
-        return stuck + deaf
+    def _trust(self, certificates: str) -> None:
+        """Attempts that begin from now on trust these for the progress endpoint."""
+        self._settings = self.config.settings(certificates)
 
-    def _stuck(self) -> list[Key]:
-        return self._queue.stuck() if self._queue is not None else []
+    async def _begin(self, client: Client) -> None:
+        """Once the caches are filled: take part in the election, or work at once where there is none."""
+        await asyncio.gather(*(each.synced.wait() for each in self._reflectors.values()), self._audit_synced())
+        logger.info("caches are filled: %s", dict(self._cache.count_children()))
+        config, lease = self.config, self.config.lease
+        if lease is None:
+            self._lead()
+            return
+        self._election = LeaderElection(
+            client,
+            config.namespace,
+            lease.name,
+            make_identity(config.pod_name, config.pod_ip),
+            clock=monotonic,
+            now=_now,
+            on_started=self._lead,
+            on_stopped=self._stand_by,
+            lease_seconds=lease.lease_seconds,
+            renew_seconds=lease.renew_seconds,
+            retry_seconds=lease.retry_seconds,
+        )
+        await self._election.run()
 
-    async def _serve_progress(self, client: Client, queue: WorkQueue) -> None:
-        config = self.config
-        authority = await keep_authority(client, config.namespace, config.tls_secret, _now())
-        self._progress = ProgressStore(queue.wake, monotonic)
-        self._server = ProgressServer(self._progress, Senders(client, monotonic), _now)
-        await self._server.start(authority, config.progress_url, config.progress_port)
-        self._settings = config.settings(authority.certificate.decode())
+    async def _audit_synced(self) -> None:
+        if self._audit is not None:
+            await self._audit.synced.wait()
+
+    def _lead(self) -> None:
+        """Begin to work: every job is looked at."""
+        logger.info("this replica works")
+        if self._progress is not None:
+            self._progress.clear()
+        self._queue = WorkQueue(self._process)
+        for job in self._cache.jobs():
+            self._queue.wake(job.key)
+
+    async def _stand_by(self) -> None:
+        """End the work: another replica goes on with it."""
+        queue, self._queue = self._queue, None
+        if queue is not None:
+            logger.info("this replica stands by")
+            await queue.close()
+
+    def _follow(self, kind: str, path: str, *, label_selector: str = "", optional: bool = False) -> None:
+        """Follow a kind in every namespace that is served."""
+        for namespace in self.config.watch_namespaces or ("",):
+            where = path.format(f"namespaces/{namespace}/" if namespace else "")
+            self._reflect(kind, namespace, where, label_selector=label_selector, optional=optional)
+
+    def _reflect(
+        self, kind: str, namespace: str, path: str, *, label_selector: str = "", optional: bool = False
+    ) -> None:
+        if self._client is None:
+            raise RuntimeError("the operator was not started")
+        feed = _Feed(self._cache, kind, namespace, self._on_wakes)
+        reflector = Reflector(
+            self._client, kind, path, feed, monotonic, label_selector=label_selector, optional=optional
+        )
+        self._reflectors[kind, namespace] = reflector
+        self._spawn(reflector.run(), f"watch {kind} {namespace}")
+
+    async def _look_for_kueue(self, client: Client) -> None:
+        """Follow Workloads as soon as Kueue is there. Jobs that name a queue wait for it."""
+        while self._kueue_version is None:
+            try:
+                self._kueue_version = find_api_version(await read_if_served(client, f"/apis/{KUEUE}"))
+            except ClusterError as error:
+                logger.warning("it could not be found out whether Kueue is there: %s", error)
+            if self._kueue_version is None:
+                await asyncio.sleep(KUEUE_LOOK_SECONDS)
+        logger.info("Kueue is there: %s", self._kueue_version)
+        self._cache.kueue_installed = True
+        path = f"/apis/{self._kueue_version}/{{}}workloads"
+        self._follow(WORKLOAD, path, optional=True)
+        self._on_wakes([Wake(job.key) for job in self._cache.jobs()])
+
+    def _spawn(self, work: Any, name: str) -> None:
+        self._tasks.append(asyncio.get_running_loop().create_task(work, name=name))
 
     async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._stand_by()
+        if self._progress is not None:
+            await self._progress.stop()
         await self._health.stop()
-        if self._server is not None:
-            await self._server.stop()
-        if self._queue is not None:
-            await self._queue.close()
         if self._client is not None:
             await self._client.close()
 
-    def job_changed(self, kind: str | None, namespace: str, name: str, version: str) -> None:
+    # what wakes
+
+    def job_changed(self, kind: str | None, raw: dict[str, Any]) -> None:
         """A FineTuneJob was added, changed or deleted."""
-        key = (namespace, name)
+        metadata = raw["metadata"]
+        key = (metadata.get("namespace") or "default", metadata["name"])
         self._echoes.seen(key)
-        if kind == "DELETED" and self._progress is not None:
-            self._progress.forget(key)  # a new job of this name may be there before the next round
-        if kind is not None and kind != "DELETED" and self._written.get(key) == version:
-            return  # the echo of our own status write; a list (kind None) may stand for earlier events that were missed
-        self._wake(key)
+        if self._audit is not None:
+            self._audit.seen(key, int(metadata.get("resourceVersion") or 0))
+        if kind == "DELETED":
+            if self._progress is not None:
+                self._progress.forget(key)  # a new job of this name may be there before the next round
+            wake = self._cache.remove_job(key, metadata["uid"])
+        else:
+            wake = self._cache.put_job(raw)
+        if wake is not None:
+            self._on_wakes([wake])
+
+    def _on_wakes(self, wakes: Iterable[Wake]) -> None:
+        for wake in wakes:
+            self._wake(wake.key, 0.0 if wake.urgent else LAZY_SECONDS)
+
+    def _wake(self, key: Key, after: float = 0.0) -> None:
+        if self._queue is not None:
+            self._queue.wake(key, after)
+
+    async def _process(self, key: Key) -> float | None:
+        if self._cluster is None:
+            raise RuntimeError("the operator was not started")
+        begun = monotonic()
+        progress = self._progress.find(key) if self._progress is not None else None
+        error: BaseException | None = None
+        try:
+            done = await reconcile(
+                self._cluster, key, self._settings, _now(), progress=progress, instance=self.config.pod_name
+            )
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            if not isinstance(error, asyncio.CancelledError):
+                self._metrics.reconciled(monotonic() - begun, error)
+        if done.gone:
+            self._forget(key)
+        if done.before is not None and done.after is not None:
+            self._echoes.written(key, begun)
+            self._metrics.observe(derive_observations(done.before, done.after))
+        return done.again_after
 
     def _forget(self, key: Key) -> None:
         """The job does not exist. Not done at its DELETED event: the round under way then may still note a write."""
         self._echoes.forget(key)
-        self._written.pop(key, None)
         if self._progress is not None:
             self._progress.forget(key)
 
-    def child_changed(self, namespace: str, labels: Mapping[str, str]) -> None:
-        """A Job or pod of a FineTuneJob was added, changed or deleted."""
-        job_name = labels.get(constants.LABEL_JOB_NAME)
-        if job_name:
-            self._wake((namespace, job_name))
+    # what is wrong
 
-    def _wake(self, key: Key) -> None:
-        if self._queue is not None:
-            self._queue.wake(key)
+    def problems(self) -> list[str]:
+        """What shows that this process has frozen; empty while it works."""
+        stuck = self._queue.stuck() if self._queue is not None else []
+        deaf = {*self._echoes.overdue(), *(self._audit.overdue() if self._audit is not None else ())}
+        return [
+            *(f"reconcile of {namespace}/{name} does not end" for namespace, name in stuck),
+            *(f"watch does not show changes of {namespace}/{name}" for namespace, name in sorted(deaf)),
+            *silent_watches(self._watch_ages(), self._answers),
+            *(f"{task.get_name()} has ended: {task.exception()!r}" for task in self._tasks if _has_failed(task)),
+        ]
 
-    async def _process(self, key: Key) -> float | None:
-        if self._client is None:
-            raise RuntimeError("the operator was not started")
-        namespace, name = key
-        begun = monotonic()
-        progress = self._progress.find(key) if self._progress is not None else None
-        done = await reconcile(
-            self._client, namespace, name, self._settings, _now(), progress=progress, instance=self.config.pod_name
-        )
-        if done.gone:
-            self._forget(key)
-        if done.written_version is not None:
-            self._written[key] = done.written_version
-            self._echoes.written(key, begun)
-        return done.again_after
+    def missing(self) -> list[str]:
+        """What keeps this replica from being ready; empty when its caches are filled."""
+        waiting = [
+            f"{kind} {namespace}".strip()
+            for (kind, namespace), each in self._reflectors.items()
+            if not each.synced.is_set()
+        ]
+        if self._audit is None or not self._audit.synced.is_set():
+            waiting.append(constants.KIND)
+        return [f"{what} not listed yet" for what in waiting]
+
+    def _watch_ages(self) -> Mapping[str, float]:
+        ages: dict[str, float] = {}
+        for (kind, _), reflector in self._reflectors.items():
+            age = reflector.last_event_age()
+            if age is not None:
+                ages[kind] = max(age, ages.get(kind, 0.0))
+        return ages
+
+    def _requested(self, verb: str, code: int, seconds: float) -> None:
+        self._metrics.requested(verb, code, seconds)
+        self._answers.requested(code)
+
+
+def _has_failed(task: asyncio.Task[None]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is not None
 
 
 def _now() -> datetime:
@@ -153,19 +345,14 @@ def build_registry(operator: Operator) -> kopf.OperatorRegistry:
         return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
 
     @kopf.on.event(constants.GROUP, constants.VERSION, constants.PLURAL, registry=registry)
-    async def job_event(event: kopf.RawEvent, namespace: str | None, name: str, meta: kopf.Meta, **_: Any) -> None:
-        operator.job_changed(event["type"], namespace or "", name, str(meta.get("resourceVersion")))
+    async def job_event(event: kopf.RawEvent, **_: Any) -> None:
+        operator.job_changed(event["type"], dict(event["object"]))
 
-    async def child_event(namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
-        operator.child_changed(namespace or "", labels)
-
-    for group, version, plural in CHILDREN:
-        kopf.on.event(group, version, plural, registry=registry, id=f"{plural}_event")(child_event)
     return registry
 
 
 def configure(settings: kopf.OperatorSettings) -> None:
-    """kopf only watches: it posts nothing, stores nothing, looks for no other kinds, and filters on the server."""
+    """kopf only watches: it posts nothing, stores nothing, and looks for no other kinds."""
     settings.posting.enabled = False
     settings.posting.loggers = False
     settings.peering.standalone = True
@@ -175,8 +362,6 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.watching.server_timeout = 600
     settings.queueing.exit_timeout = 2
     settings.networking.request_timeout = 30
-    for group, version, plural in CHILDREN:
-        settings.watching.label_selectors[group, version, plural] = names.managed_selector()
 
 
 def run(config: OperatorConfig) -> None:

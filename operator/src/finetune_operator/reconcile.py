@@ -1,37 +1,52 @@
 """reconcile: observe, decide, apply, report; the one place where they meet.
 
 Called by the work queue of handlers.py for one FineTuneJob at a time, whatever woke it: the job's own change, a child's
-event, a timer, a restart of the operator. It keeps no memory between calls, so it may stop after any line and be called
-again. Time and settings are arguments.
+event, a timer, a restart of the operator. What is observed comes from the cache that the watches keep, with our own
+writes in it; nothing else is remembered between calls, so it may stop after any line and be called again. Time and
+settings are arguments.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Any
 
+from finetune_operator.api import constants
 from finetune_operator.api.constants import KIND, Reason
-from finetune_operator.api.finetunejob import FineTuneJob, SpecError, parse_job, parse_status, unavailable_features
+from finetune_operator.api.finetunejob import FineTuneJob, unavailable_features
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.core import names
-from finetune_operator.core.desired import Desired, desired_state
+from finetune_operator.core.accelerators.instances import InstanceTypeError
+from finetune_operator.core.cache import JOB, POD, WORKLOAD, Cache, CachedJob, Key
+from finetune_operator.core.desired import STOP_SECONDS, Desired, Record, desired_state
+from finetune_operator.core.device_names import DeviceName
 from finetune_operator.core.events import derive_events
 from finetune_operator.core.failure import Waiting
 from finetune_operator.core.figures import Progress
 from finetune_operator.core.inputs import secret_references
-from finetune_operator.core.observed import Claim, Observed, parse_observed
+from finetune_operator.core.log_tail import clean_tail
+from finetune_operator.core.observed import Observed
 from finetune_operator.core.parallelism import ParallelismError
-from finetune_operator.core.prerequisites import find_missing
+from finetune_operator.core.records import outcome_annotations
 from finetune_operator.core.settings import Settings
 from finetune_operator.core.stages import Pipeline, derive_pipeline, is_finished
-from finetune_operator.core.status import derive_status, refused_status
+from finetune_operator.core.status import derive_status, planned_status, refused_status
 from finetune_operator.core.times import seconds_until
 from finetune_operator.kube import apply, observe
 from finetune_operator.kube.client import Client, ClusterError
+from finetune_operator.kube.observe import Facts
+from finetune_operator.surroundings import (
+    QueuePlan,
+    check_job,
+    check_surroundings,
+    find_device,
+    plan_job,
+    plan_queue,
+    planned_jobs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,23 +54,37 @@ RECHECK_SECONDS = 5.0
 """How often a missing claim or Secret, or a taken name, is looked at again: they are not watched."""
 
 RESYNC_SECONDS = 60.0
-"""How often a job under way is looked at without an event: a watch begun anew does not tell of what went away."""
+"""How often a job under way is looked at without an event: no bug in what wakes may hold a job for longer."""
+
+SETTLE_SECONDS = 1.0
+"""After something was stopped or deleted, the next look."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a reconcile works on: the API server, what the watches know of it, and what was lately looked up."""
+
+    client: Client
+    cache: Cache
+    facts: Facts
+    kueue_version: Callable[[], str | None] = lambda: None
+    """apiVersion of Kueue's objects, None where there is no Kueue."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a reconcile leaves behind: when to look again by itself (seconds, None: at the next event), the
-    resourceVersion of its status write, whose own event needs no reconcile, and whether the job does not exist."""
+    """What a reconcile leaves behind: when to look again by itself (seconds, None: at the next event), whether it wrote
+    a status (`before` and `after` it), and whether the job does not exist."""
 
     again_after: float | None = None
-    written_version: str | None = None
+    before: FineTuneJobStatus | None = None
+    after: FineTuneJobStatus | None = None
     gone: bool = False
 
 
 async def reconcile(
-    client: Client,
-    namespace: str,
-    name: str,
+    cluster: Cluster,
+    key: Key,
     settings: Settings,
     now: datetime,
     *,
@@ -67,72 +96,148 @@ async def reconcile(
     ClusterError when the API server refuses or is away: to be tried again. A job that is gone or going is left to the
     garbage collector.
     """
-    body = await observe.read_job(client, namespace, name)
-    if body is None or body["metadata"].get("deletionTimestamp"):
-        return Done(gone=body is None)
-    try:
-        job = parse_job(body)
-        problems = unavailable_features(job.spec)
-    except SpecError as error:
-        return await _refuse(client, body, Reason.INVALID_SPEC, str(error), now, instance)
+    cached = cluster.cache.find_job(key)
+    if cached is None or cached.deleting:
+        return Done(gone=cached is None)
+    if cached.job is None:
+        return await _refuse(cluster, cached, Reason.INVALID_SPEC, str(cached.error), now, instance)
+    job = cached.job
     if is_finished(job):
-        return await _expire(client, job, now)
+        return await _expire(cluster, job, now)
+    problems = unavailable_features(job.spec, settings.features, queue_enabled=settings.queue_enabled)
     if problems:
         words = "; ".join(str(problem) for problem in problems)
-        return await _refuse(client, body, Reason.FEATURE_NOT_AVAILABLE, words, now, instance, job=job)
-
-    observed = await _observe(client, job)
+        return await _refuse(cluster, cached, Reason.FEATURE_NOT_AVAILABLE, words, now, instance)
     try:
-        pipeline = derive_pipeline(job, observed, settings, now)
-    except ParallelismError as error:
-        return await _refuse(client, body, Reason.INVALID_SPEC, str(error), now, instance, job=job)
-    problem = None
-    start = next((stage.start for stage in pipeline.stages if stage.is_new), None)
-    if start is not None:
-        observed = await _observe_prerequisites(client, job, observed)
-        problem = find_missing(job, observed, start)
-    desired = desired_state(job, observed, pipeline, settings, now)
-    problem = await _bring_about(client, job, desired, problem)
-    status = derive_status(job, observed, pipeline, now, problem=problem, progress=progress)
-    version = await _report(client, body, job.status, status, now, instance)
-    return Done(_again_after(job, status, pipeline, problem, now), version)
+        return await _advance(cluster, cached, job, settings, now, progress, instance)
+    except (ParallelismError, InstanceTypeError) as error:
+        return await _refuse(cluster, cached, Reason.INVALID_SPEC, str(error), now, instance)
 
 
-async def _observe(client: Client, job: FineTuneJob) -> Observed:
-    """One read of the job's children, by their label with its uid."""
-    raw = await observe.observe_children(client, job.namespace, names.job_selector(job.uid))
-    return parse_observed(jobs=raw.jobs, config_maps=raw.config_maps, services=raw.services, pods=raw.pods)
-
-
-async def _observe_prerequisites(client: Client, job: FineTuneJob, observed: Observed) -> Observed:
-    claim_name = job.spec.workspace.claim_name
-    phase, secrets = await asyncio.gather(
-        observe.observe_claim(client, job.namespace, claim_name),
-        observe.observe_secret_keys(client, job.namespace, (name for name, _ in secret_references(job).values())),
+async def _advance(
+    cluster: Cluster,
+    cached: CachedJob,
+    job: FineTuneJob,
+    settings: Settings,
+    now: datetime,
+    progress: Progress | None,
+    instance: str,
+) -> Done:
+    observed = await _observe(cluster, job)
+    device = await find_device(cluster.facts, job, observed, settings, cluster.kueue_version())
+    pipeline = derive_pipeline(
+        job,
+        observed,
+        settings,
+        now,
+        progress=progress,
+        device_resource=device.name if isinstance(device, DeviceName) else None,
     )
-    return replace(observed, claim=Claim(claim_name, phase), secrets=secrets)
+    if job.spec.dry_run and not observed.attempts:
+        plan = await plan_job(cluster.facts, job, pipeline, settings, device, cluster.kueue_version())
+        return await _report(cluster, cached, planned_status(job, plan, now), now, instance)
+    reservation = await plan_queue(cluster.facts, job, observed, pipeline, settings, cluster.kueue_version(), now)
+    if reservation.placement is not None:
+        pipeline = pipeline.placed(reservation.placement)
+    problem = reservation.problem
+    start = next((stage.start for stage in pipeline.stages if stage.is_new), None)
+    if start is not None and problem is None:
+        jobs = planned_jobs(job, settings, start.device_resource)
+        found = check_job(job, pipeline, settings, jobs)
+        if found.problems and not observed.is_anything_live():
+            words = "; ".join(str(each) for each in found.problems)
+            return await _refuse(cluster, cached, Reason.INVALID_SPEC, words, now, instance)
+        observed, problem = await check_surroundings(
+            cluster.facts, job, observed, start, jobs, device, cluster.kueue_version()
+        )
+    desired = desired_state(job, observed, pipeline, settings, now)
+    problem = await _bring_about(cluster, job, desired, settings, problem)
+    await _bring_about_reservation(cluster, job, reservation)
+    status = derive_status(job, observed, pipeline, now, problem=problem)
+    written = await _report(cluster, cached, status, now, instance)
+    return replace(written, again_after=_again_after(job, status, pipeline, desired, problem, now))
 
 
-async def _bring_about(client: Client, job: FineTuneJob, desired: Desired, problem: Waiting | None) -> Waiting | None:
+async def _observe(cluster: Cluster, job: FineTuneJob) -> Observed:
+    """The job's children from the cache; where the watches contradict each other, from the API server."""
+    observed = cluster.cache.observe(job.uid)
+    if not observed.is_behind():
+        return observed
+    selector = names.job_selector(job.uid)
+    # Jobs before pods: a Job seen complete beside pods as they were earlier would look as if it had lost them.
+    for kind in (JOB, POD):
+        raws, version = await observe.list_children(cluster.client, kind, job.namespace, selector)
+        cluster.cache.replace_children(job.uid, kind, raws, version)
+    return cluster.cache.observe(job.uid)
+
+
+async def _bring_about(
+    cluster: Cluster, job: FineTuneJob, desired: Desired, settings: Settings, problem: Waiting | None
+) -> Waiting | None:
     """Carry out the writes in their order; what keeps the due attempt from being started, or None."""
     for record in desired.records:
-        await apply.write_record(client, record.kind, job.namespace, record.name, record.annotations)
+        await _write_record(cluster, job, record, settings)
     for deletion in desired.deletions:
         logger.info("%s/%s: deleting %s %s", job.namespace, job.name, deletion.kind, deletion.name)
-        await client.delete(deletion.kind, job.namespace, deletion.name)
+        await cluster.client.delete(deletion.kind, job.namespace, deletion.name, grace_seconds=deletion.grace_seconds)
     if problem is not None:
         return problem
     for manifest in desired.manifests:
-        logger.info("%s/%s: applying %s %s", job.namespace, job.name, manifest["kind"], manifest["metadata"]["name"])
+        logger.info("%s/%s: creating %s %s", job.namespace, job.name, manifest["kind"], manifest["metadata"]["name"])
         try:
-            await apply.apply_child(client, manifest, job_name=job.name, job_uid=job.uid)
+            made = await apply.create_child(cluster.client, manifest, job_name=job.name, job_uid=job.uid)
         except apply.ChildRefused as refused:
             return Waiting(refused.reason, str(refused))
+        cluster.cache.put(manifest["kind"], made)
     return None
 
 
+async def _write_record(cluster: Cluster, job: FineTuneJob, record: Record, settings: Settings) -> None:
+    annotations = record.annotations
+    if record.outcome is not None and record.log_of is not None and settings.log_tail_lines:
+        text = await observe.read_log_tail(cluster.client, job.namespace, record.log_of, settings.log_tail_lines)
+        if text:
+            secrets = await observe.read_secret_values(cluster.client, job.namespace, secret_references(job).values())
+            log = clean_tail(text, lines=settings.log_tail_lines, secrets=secrets)
+            annotations = outcome_annotations(replace(record.outcome, log=log))
+    if record.stop:
+        logger.info("%s/%s: stopping %s %s", job.namespace, job.name, record.kind, record.name)
+    after = await apply.write_record(
+        cluster.client,
+        record.kind,
+        job.namespace,
+        record.name,
+        annotations,
+        deadline=STOP_SECONDS if record.stop else None,
+    )
+    if after is not None:
+        cluster.cache.put(record.kind, after)
+
+
+async def _bring_about_reservation(cluster: Cluster, job: FineTuneJob, plan: QueuePlan) -> None:
+    """Delete and create the job's reservation of quota, in this order."""
+    if plan.delete is not None:
+        logger.info("%s/%s: deleting Workload %s", job.namespace, job.name, plan.delete)
+        await observe.delete_at(cluster.client, f"{plan.path}/{plan.delete}")
+    if plan.create is not None:
+        logger.info("%s/%s: creating Workload %s", job.namespace, job.name, plan.create["metadata"]["name"])
+        try:
+            cluster.cache.put(WORKLOAD, await cluster.client.post(plan.path, plan.create))
+        except ClusterError as error:
+            if error.status != 409:
+                raise
+    if plan.ready is not None:
+        name = plan.ready["metadata"]["name"]
+        await cluster.client.apply_at(f"{plan.path}/{name}/status", plan.ready, field_manager=constants.FIELD_MANAGER)
+
+
 def _again_after(
-    job: FineTuneJob, status: FineTuneJobStatus, pipeline: Pipeline, problem: Waiting | None, now: datetime
+    job: FineTuneJob,
+    status: FineTuneJobStatus,
+    pipeline: Pipeline,
+    desired: Desired,
+    problem: Waiting | None,
+    now: datetime,
 ) -> float | None:
     moments = []
     if status.completion_time is not None:
@@ -141,8 +246,9 @@ def _again_after(
             moments.append(seconds_until(expiry, now))
     else:
         moments.append(RESYNC_SECONDS)
-        if pipeline.wake_at is not None:
-            moments.append(seconds_until(pipeline.wake_at, now))
+        moments.extend(seconds_until(at, now) for at in (pipeline.wake_at, desired.wake_at) if at is not None)
+    if desired.deletions or any(record.stop for record in desired.records):
+        moments.append(SETTLE_SECONDS)
     if problem is not None:
         moments.append(RECHECK_SECONDS)
     return min(moments, default=None)
@@ -153,7 +259,7 @@ def _expiry(job: FineTuneJob, completed_at: datetime) -> datetime | None:
     return None if ttl is None else completed_at + timedelta(seconds=ttl)
 
 
-async def _expire(client: Client, job: FineTuneJob, now: datetime) -> Done:
+async def _expire(cluster: Cluster, job: FineTuneJob, now: datetime) -> Done:
     """A job at its end: nothing to do but to delete it when its time is over."""
     completed_at = job.status.completion_time
     expiry = _expiry(job, completed_at) if completed_at is not None else None
@@ -162,54 +268,48 @@ async def _expire(client: Client, job: FineTuneJob, now: datetime) -> Done:
     if now < expiry:
         return Done(seconds_until(expiry, now))
     logger.info("%s/%s: ttlSecondsAfterFinished is over, deleting", job.namespace, job.name)
-    await client.delete(KIND, job.namespace, job.name, uid=job.uid)
+    await cluster.client.delete(KIND, job.namespace, job.name, uid=job.uid)
     return Done()
 
 
 async def _refuse(
-    client: Client,
-    body: Mapping[str, Any],
-    reason: Reason,
-    message: str,
-    now: datetime,
-    instance: str,
-    *,
-    job: FineTuneJob | None = None,
+    cluster: Cluster, cached: CachedJob, reason: Reason, message: str, now: datetime, instance: str
 ) -> Done:
-    """Say what is wrong with the spec, once; nothing is tried again until the spec changes. `job` where it parses."""
-    before = parse_status(body.get("status"))
-    after = refused_status(before, body["metadata"].get("generation") or 0, reason, message, now)
-    version = await _report(client, body, before, after, now, instance)
-    expiry = _expiry(job, after.completion_time) if job is not None and after.completion_time is not None else None
-    return Done(None if expiry is None else seconds_until(expiry, now), version)
+    """Say what is wrong with the spec, once; nothing is tried again until the spec changes."""
+    after = refused_status(cached.status, cached.generation, reason, message, now)
+    written = await _report(cluster, cached, after, now, instance)
+    expiry = None
+    if cached.job is not None and after.completion_time is not None:
+        expiry = _expiry(cached.job, after.completion_time)
+    return replace(written, again_after=None if expiry is None else seconds_until(expiry, now))
 
 
-async def _report(
-    client: Client,
-    body: Mapping[str, Any],
-    before: FineTuneJobStatus,
-    after: FineTuneJobStatus,
-    now: datetime,
-    instance: str,
-) -> str | None:
+async def _report(cluster: Cluster, cached: CachedJob, after: FineTuneJobStatus, now: datetime, instance: str) -> Done:
     """One status write, if the status differs, and after it the events of what changed."""
-    if before.as_json() == after.as_json():
-        return None
-    metadata = body["metadata"]
-    version = await apply.write_status(client, metadata["namespace"], metadata["name"], metadata["uid"], after)
-    events = derive_events(before, after)
+    before = cached.status
+    if before == after:
+        return Done()
+    version = await apply.write_status(cluster.client, cached.namespace, cached.name, cached.uid, after)
+    cluster.cache.wrote_status(cached.key, cached.uid, version, after)
+    regarding = {"namespace": cached.namespace, "name": cached.name, "uid": cached.uid}
     results = await asyncio.gather(
         *(
             apply.post_event(
-                client, body, event.reason, event.message, warning=event.warning, now=now, instance=instance
+                cluster.client,
+                regarding,
+                event.reason,
+                event.message,
+                warning=event.warning,
+                now=now,
+                instance=instance,
             )
-            for event in events
+            for event in derive_events(before, after)
         ),
         return_exceptions=True,
     )
     for result in results:
         if isinstance(result, ClusterError):
-            logger.warning("%s/%s: event not posted: %s", metadata["namespace"], metadata["name"], result)
+            logger.warning("%s/%s: event not posted: %s", cached.namespace, cached.name, result)
         elif isinstance(result, BaseException):
             raise result
-    return version
+    return Done(before=before, after=after)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune_operator.api.constants import Reason
+from finetune_operator.core.failure_rules import JUDGED, RULES, Verdict
 
 ROOT = Path(__file__).resolve().parents[3]
 TRAINER = ROOT / "trainer" / "src" / "finetune_trainer"
@@ -26,23 +27,72 @@ def stage_reasons() -> set[str]:
     return found
 
 
-def documented() -> set[str]:
-    """Every CamelCase word in backticks."""
-    text = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
-    return set(re.findall(r"`([A-Z][A-Za-z0-9]+)`", text))
+RUNBOOK = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+OPERATOR_PART, STAGES_PART = "## Reasons of the operator", "## Reasons of the stages"
+TRIED_AGAIN = "tried again"
 
 
-def test_every_reason_of_the_operator_is_explained() -> None:
-    assert {str(reason) for reason in Reason} - documented() == set()
+def part(heading: str) -> str:
+    """The runbook from one heading of the second level to the next."""
+    return RUNBOOK.split(f"\n{heading}\n")[1].split("\n## ")[0]
+
+
+def rows(heading: str) -> list[tuple[str, dict[str, str]]]:
+    """(reason, its row's cells by column) of every table in a part of the runbook."""
+    found: list[tuple[str, dict[str, str]]] = []
+    columns: list[str] = []
+    for line in part(heading).splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if line.startswith("| reason "):
+            columns = cells
+        elif line.startswith("| `"):
+            assert len(cells) == len(columns), line
+            found += [(reason, dict(zip(columns, cells, strict=True))) for reason in re.findall(r"`(\w+)`", cells[0])]
+    return found
+
+
+def documented(heading: str) -> list[str]:
+    """The reasons that a part of the runbook explains: the first cells of its tables, and the words of "No failure"."""
+    healthy = part(heading).split("\n### No failure\n")[1:]
+    words = [word for text in healthy for word in re.findall(r"`([A-Z][A-Za-z]+)`", text)]
+    return [reason for reason, _ in rows(heading)] + words
+
+
+def verdicts(reason: str) -> str:
+    """What the failure doctor's table says of a reason, in the runbook's words."""
+    given = {rule.verdict for rule in RULES if rule.reason == reason}
+    return ", ".join(
+        verdict for verdict in (Verdict.FAIL, Verdict.FREE, Verdict.COUNTED, Verdict.WAIT) if verdict in given
+    )
+
+
+def alerts() -> set[str]:
+    """Names of the chart's alerts."""
+    text = (ROOT / "charts" / "finetune-operator" / "templates" / "monitoring.yaml").read_text(encoding="utf-8")
+    return set(re.findall(r"alert: (\w+)", text))
+
+
+def test_every_reason_of_the_operator_is_explained_once_and_no_other() -> None:
+    assert sorted(documented(OPERATOR_PART)) == sorted(str(reason) for reason in Reason)
+
+
+def test_the_runbook_says_of_each_reason_what_the_table_does() -> None:
+    said = {reason: cells[TRIED_AGAIN] for reason, cells in rows(OPERATOR_PART) if TRIED_AGAIN in cells}
+    judged = {str(reason) for reason in JUDGED}
+    assert {reason: said.get(reason) for reason in judged} == {reason: verdicts(reason) for reason in judged}
+    assert {reason for reason in said if reason not in judged and said[reason] not in set(Verdict)} == set()
 
 
 def test_every_reason_of_a_stage_is_explained() -> None:
-    assert stage_reasons() - documented() == set()
+    assert stage_reasons() - {*documented(STAGES_PART), *documented(OPERATOR_PART)} == set()
 
 
-def test_no_reason_is_explained_that_nobody_gives() -> None:
-    conditions = {"Validated", "StorageReady", "Evaluated"}
-    assert documented() - stage_reasons() - {str(reason) for reason in Reason} - conditions == set()
+def test_no_reason_of_a_stage_is_explained_that_no_stage_gives() -> None:
+    assert set(documented(STAGES_PART)) - stage_reasons() == set()
+
+
+def test_every_alert_is_explained_and_no_other() -> None:
+    assert set(re.findall(r"^\| `(\w+)` \|", part("## Alerts"), re.MULTILINE)) == alerts()
 
 
 @pytest.mark.parametrize("name", ["operator", "trainer", "dev"])

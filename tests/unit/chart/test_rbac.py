@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 Rules = dict[tuple[str, str], set[str]]
@@ -15,25 +16,58 @@ JOBS_AND_PODS: Rules = {
     ("finetune-operator.io", "finetunejobs"): {"get", "list", "watch", "delete"},
     ("finetune-operator.io", "finetunejobs/status"): {"patch"},
     ("batch", "jobs"): {"get", "list", "watch", "create", "patch", "delete"},
-    ("", "configmaps"): {"get", "list", "create", "patch", "delete"},
-    ("", "services"): {"get", "list", "create", "patch", "delete"},
-    ("", "pods"): {"list", "watch"},
+    ("", "services"): {"get", "list", "watch", "create", "delete"},
+    ("", "pods"): {"list", "watch", "patch", "delete"},
     ("", "persistentvolumeclaims"): {"get"},
     ("", "secrets"): {"get"},
+    ("", "resourcequotas"): {"list"},
     ("events.k8s.io", "events"): {"create"},
 }
+LOGS: Rules = {("", "pods/log"): {"get"}}
+QUEUE: Rules = {
+    ("kueue.x-k8s.io", "workloads"): {"list", "watch", "create", "delete"},
+    ("kueue.x-k8s.io", "workloads/status"): {"patch"},
+    ("kueue.x-k8s.io", "localqueues"): {"get"},
+}
+NODES: Rules = {("", "nodes"): {"list", "watch"}}
+CLUSTER_QUEUES: Rules = {
+    ("kueue.x-k8s.io", "clusterqueues"): {"get"},
+    ("kueue.x-k8s.io", "resourceflavors"): {"get"},
+    ("kueue.x-k8s.io", "workloadpriorityclasses"): {"get"},
+}
 TOKEN_REVIEW: Rules = {("authentication.k8s.io", "tokenreviews"): {"create"}}
-OWN_NAMESPACE: Rules = {("", "secrets"): {"get", "patch"}}
+LEASE: Rules = {("coordination.k8s.io", "leases"): {"get", "update", "create"}}
+TLS: Rules = {("", "secrets"): {"get", "patch"}}
+READ = {"get", "list", "watch"}
+MAIN = ("ClusterRole", "finetune-operator")
+CLUSTER = ("ClusterRole", "finetune-operator-cluster")
+OWN = ("Role", "finetune-operator")
+PEOPLE: dict[tuple[str, str], Rules] = {
+    ("ClusterRole", "finetune-operator-view"): {
+        ("finetune-operator.io", "finetunejobs"): READ,
+        ("finetune-operator.io", "finetunejobs/status"): READ,
+        ("", "pods"): READ,
+        ("", "persistentvolumeclaims"): READ,
+        ("", "pods/log"): {"get"},
+        ("batch", "jobs"): READ,
+        ("", "events"): READ,
+        ("events.k8s.io", "events"): READ,
+    },
+    ("ClusterRole", "finetune-operator-edit"): {
+        ("finetune-operator.io", "finetunejobs"): READ | {"create", "update", "patch", "delete", "deletecollection"},
+    },
+}
 
 
 def rules(manifest: dict[str, Any]) -> Rules:
-    """Verbs by (API group, resource); a pair that two rules name is an error, since one of them would hide."""
+    """Verbs by (API group, resource); a verb that two rules give is an error, since one of them would hide."""
     found: Rules = {}
     for rule in manifest["rules"]:
         for group in rule["apiGroups"]:
             for resource in rule["resources"]:
-                assert (group, resource) not in found
-                found[group, resource] = set(rule["verbs"])
+                verbs = found.setdefault((group, resource), set())
+                assert not verbs & set(rule["verbs"])
+                verbs |= set(rule["verbs"])
     return found
 
 
@@ -41,20 +75,60 @@ def of_kind(manifests: Iterable[dict[str, Any]], *kinds: str) -> dict[tuple[str,
     return {(m["kind"], m["metadata"]["name"]): m for m in manifests if m["kind"] in kinds}
 
 
-def test_roles_hold_exactly_the_verbs_listed(render: Any) -> None:
-    found = {name: rules(m) for name, m in of_kind(render(), "ClusterRole", "Role").items()}
-    assert found == {
-        ("ClusterRole", "finetune-operator"): JOBS_AND_PODS,
-        ("ClusterRole", "finetune-operator-token-review"): TOKEN_REVIEW,
-        ("Role", "finetune-operator"): OWN_NAMESPACE,
-        ("ClusterRole", "finetune-operator-view"): {
-            ("finetune-operator.io", "finetunejobs"): {"get", "list", "watch"},
-            ("finetune-operator.io", "finetunejobs/status"): {"get", "list", "watch"},
-        },
-        ("ClusterRole", "finetune-operator-edit"): {
-            ("finetune-operator.io", "finetunejobs"): {"create", "update", "patch", "delete", "deletecollection"},
-        },
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        pytest.param(
+            (),
+            {MAIN: JOBS_AND_PODS | LOGS | QUEUE, CLUSTER: NODES | CLUSTER_QUEUES | TOKEN_REVIEW, OWN: LEASE | TLS},
+            id="by default",
+        ),
+        pytest.param(
+            ("watchNamespaces={research}",),
+            {MAIN: JOBS_AND_PODS | LOGS | QUEUE, CLUSTER: TOKEN_REVIEW, OWN: LEASE | TLS},
+            id="with named namespaces, where only TokenReview is left cluster-wide",
+        ),
+        pytest.param(
+            ("watchNamespaces={research}", "nodes.watch=true", "queue.clusterQueues=true"),
+            {MAIN: JOBS_AND_PODS | LOGS | QUEUE, CLUSTER: NODES | CLUSTER_QUEUES | TOKEN_REVIEW, OWN: LEASE | TLS},
+            id="with named namespaces and each cluster-wide right asked for",
+        ),
+        pytest.param(
+            ("watchNamespaces={research}", "progress.enabled=false"),
+            {MAIN: JOBS_AND_PODS | LOGS | QUEUE, OWN: LEASE},
+            id="with named namespaces and nothing cluster-wide",
+        ),
+        pytest.param(
+            ("nodes.watch=false", "queue.clusterQueues=false"),
+            {MAIN: JOBS_AND_PODS | LOGS | QUEUE, CLUSTER: TOKEN_REVIEW, OWN: LEASE | TLS},
+            id="with cluster-wide reads switched off",
+        ),
+        pytest.param(
+            ("queue.enabled=false", "queue.clusterQueues=true"),
+            {MAIN: JOBS_AND_PODS | LOGS, CLUSTER: NODES | TOKEN_REVIEW, OWN: LEASE | TLS},
+            id="with the queue switched off, whatever is said of ClusterQueues",
+        ),
+        pytest.param(
+            ("queue.enabled=false", "logs.enabled=false", "progress.enabled=false"),
+            {MAIN: JOBS_AND_PODS, CLUSTER: NODES, OWN: LEASE},
+            id="with queue, logs and progress switched off",
+        ),
+    ],
+)
+def test_roles_hold_exactly_the_verbs_listed(
+    render: Any, values: tuple[str, ...], expected: dict[tuple[str, str], Rules]
+) -> None:
+    arguments = [part for value in values for part in ("--set", value)]
+    found = {name: rules(m) for name, m in of_kind(render(*arguments), "ClusterRole", "Role").items()}
+    assert found == expected | PEOPLE
+
+
+def test_the_lease_is_read_and_written_by_its_name_alone(render: Any) -> None:
+    role = of_kind(render(), "Role")[OWN]
+    named = {
+        tuple(rule["verbs"]): rule.get("resourceNames") for rule in role["rules"] if rule["resources"] == ["leases"]
     }
+    assert named == {("get", "update"): ["finetune-operator"], ("create",): None}
 
 
 def test_no_rule_has_a_wildcard(render: Any) -> None:
@@ -86,16 +160,19 @@ def test_bindings_give_the_roles_to_the_operators_service_account_alone(render: 
         ]
 
 
-def test_only_token_review_is_bound_cluster_wide_when_namespaces_are_named(render: Any) -> None:
-    manifests = render("--set", "watchNamespaces={research,team-b}")
-    cluster_wide = of_kind(manifests, "ClusterRoleBinding")
-    assert {m["roleRef"]["name"] for m in cluster_wide.values()} == {"finetune-operator-token-review"}
-    bound = [
-        m["metadata"]["namespace"]
+def test_named_namespaces_have_the_rights_and_nobody_else(render: Any) -> None:
+    manifests = render("--set", "watchNamespaces={research,team-b}", "--set", "progress.enabled=false")
+    assert of_kind(manifests, "ClusterRoleBinding") == {}
+    bound = {
+        (m["metadata"]["namespace"], m["roleRef"]["kind"], m["roleRef"]["name"])
         for m in manifests
-        if m["kind"] == "RoleBinding" and m["roleRef"]["kind"] == "ClusterRole"
-    ]
-    assert bound == ["research", "team-b"]
+        if m["kind"] == "RoleBinding"
+    }
+    assert bound == {
+        ("research", *MAIN),
+        ("team-b", *MAIN),
+        ("finetune-system", *OWN),
+    }
 
 
 def test_people_get_their_rights_by_aggregation(render: Any) -> None:
@@ -106,7 +183,7 @@ def test_people_get_their_rights_by_aggregation(render: Any) -> None:
     }
     assert found == {
         "finetune-operator": set(),
-        "finetune-operator-token-review": set(),
+        "finetune-operator-cluster": set(),
         "finetune-operator-view": {"view", "edit", "admin"},
         "finetune-operator-edit": {"edit", "admin"},
     }

@@ -14,21 +14,24 @@ GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "chart-default.yaml"
 CRD = ("CustomResourceDefinition", "finetunejobs.finetune-operator.io")
 BASE = {
     ("ServiceAccount", "finetune-operator"),
-    ("ConfigMap", "finetune-operator-stages"),
+    ("ConfigMap", "finetune-operator"),
     ("Deployment", "finetune-operator"),
     ("ClusterRole", "finetune-operator"),
-}
-CLUSTER_WIDE = {("ClusterRoleBinding", "finetune-operator")}
-PROGRESS = {
-    ("Service", "finetune-operator-progress"),
-    ("Secret", "finetune-operator-tls"),
-    ("ClusterRole", "finetune-operator-token-review"),
-    ("ClusterRoleBinding", "finetune-operator-token-review"),
     ("Role", "finetune-operator"),
     ("RoleBinding", "finetune-operator-own"),
 }
+CLUSTER_WIDE = {("ClusterRoleBinding", "finetune-operator")}
+CLUSTER_ROLE = {("ClusterRole", "finetune-operator-cluster"), ("ClusterRoleBinding", "finetune-operator-cluster")}
+PROGRESS = {("Service", "finetune-operator-progress"), ("Secret", "finetune-operator-tls")}
+METRICS = {("Service", "finetune-operator-metrics")}
+NETWORK = {("NetworkPolicy", "finetune-operator")}
+MONITORING = {
+    "serviceMonitor": ("ServiceMonitor", "finetune-operator"),
+    "rules": ("PrometheusRule", "finetune-operator"),
+    "dashboard": ("ConfigMap", "finetune-operator-dashboard"),
+}
 AGGREGATED = {("ClusterRole", "finetune-operator-view"), ("ClusterRole", "finetune-operator-edit")}
-EVERYTHING = {CRD} | BASE | CLUSTER_WIDE | PROGRESS | AGGREGATED
+EVERYTHING = {CRD} | BASE | CLUSTER_WIDE | CLUSTER_ROLE | PROGRESS | METRICS | NETWORK | AGGREGATED
 
 
 @pytest.mark.parametrize(
@@ -36,7 +39,22 @@ EVERYTHING = {CRD} | BASE | CLUSTER_WIDE | PROGRESS | AGGREGATED
     [
         pytest.param([], EVERYTHING, id="the defaults install everything, bound cluster-wide"),
         pytest.param(["crds.install=false"], EVERYTHING - {CRD}, id="the definition can be left to somebody else"),
-        pytest.param(["progress.enabled=false"], EVERYTHING - PROGRESS, id="without progress its rights go too"),
+        pytest.param(["progress.enabled=false"], EVERYTHING - PROGRESS, id="progress can be left out"),
+        pytest.param(["networkPolicy.enabled=false"], EVERYTHING - NETWORK, id="the network policy can be left out"),
+        pytest.param(["metrics.enabled=false"], EVERYTHING - METRICS, id="metrics can be left out"),
+        pytest.param(
+            ["replicaCount=2"], EVERYTHING | {("PodDisruptionBudget", "finetune-operator")}, id="two pods have a budget"
+        ),
+        pytest.param(
+            [f"metrics.{part}.enabled=true" for part in MONITORING],
+            EVERYTHING | set(MONITORING.values()),
+            id="monitoring is added by three switches",
+        ),
+        pytest.param(
+            ["metrics.enabled=false", *(f"metrics.{part}.enabled=true" for part in MONITORING)],
+            EVERYTHING - METRICS,
+            id="without metrics there is nothing to monitor",
+        ),
         pytest.param(["rbac.aggregate=false"], EVERYTHING - AGGREGATED, id="people's roles can be left out"),
         pytest.param(
             ["serviceAccount.create=false", "serviceAccount.name=given"],
@@ -47,6 +65,11 @@ EVERYTHING = {CRD} | BASE | CLUSTER_WIDE | PROGRESS | AGGREGATED
             ["watchNamespaces={research}"],
             (EVERYTHING - CLUSTER_WIDE) | {("RoleBinding", "finetune-operator")},
             id="namespaces named: bound there, not cluster-wide",
+        ),
+        pytest.param(
+            ["watchNamespaces={research}", "progress.enabled=false"],
+            (EVERYTHING - CLUSTER_WIDE - CLUSTER_ROLE - PROGRESS) | {("RoleBinding", "finetune-operator")},
+            id="namespaces named and no progress: nothing cluster-wide is left",
         ),
     ],
 )
@@ -66,11 +89,106 @@ def test_golden_default_render_is_the_reviewed_one(render: Any) -> None:
     assert text == GOLDEN.read_text(encoding="utf-8"), "the default render changed; `make golden`, and review the diff"
 
 
+def find(manifests: list[dict[str, Any]], kind: str, name: str = "finetune-operator") -> dict[str, Any]:
+    """The one object of this kind and name."""
+    (found,) = [m for m in manifests if (m["kind"], m["metadata"]["name"]) == (kind, name)]
+    return found
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_an_upgrade_starts_the_new_pod_before_it_ends_the_old_one(render: Any, replicas: int) -> None:
+    spec = find(render("--set", f"replicaCount={replicas}"), "Deployment")["spec"]
+    assert spec["replicas"] == replicas
+    assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+
+
+def test_probes_ask_for_life_and_for_readiness(render: Any) -> None:
+    (container,) = find(render(), "Deployment")["spec"]["template"]["spec"]["containers"]
+    asked = {name: probe["httpGet"] for name, probe in container.items() if name.endswith("Probe")}
+    assert asked == {
+        "startupProbe": {"path": "/healthz", "port": "health"},
+        "livenessProbe": {"path": "/healthz", "port": "health"},
+        "readinessProbe": {"path": "/readyz", "port": "health"},
+    }
+
+
+def test_two_pods_keep_apart_where_they_can(render: Any) -> None:
+    pod = find(render("--set", "replicaCount=2"), "Deployment")["spec"]["template"]
+    spread = pod["spec"]["topologySpreadConstraints"]
+    assert [each["topologyKey"] for each in spread] == ["kubernetes.io/hostname", "topology.kubernetes.io/zone"]
+    for each in spread:
+        assert each["whenUnsatisfiable"] == "ScheduleAnyway"
+        assert each["labelSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert "topologySpreadConstraints" not in find(render(), "Deployment")["spec"]["template"]["spec"]
+    given = render("--set", "replicaCount=2", "--set-json", 'affinity={"nodeAffinity":{}}')
+    assert "topologySpreadConstraints" not in find(given, "Deployment")["spec"]["template"]["spec"]
+
+
+def test_a_change_of_any_value_that_the_operator_reads_starts_new_pods(render: Any) -> None:
+    def checksum(*arguments: str) -> str:
+        template = find(render(*arguments), "Deployment")["spec"]["template"]
+        return str(template["metadata"]["annotations"]["checksum/config"])
+
+    default = checksum()
+    for value in (
+        "hang.seconds=1",
+        "featureGates.Cuda=true",
+        "stages.train.resources.requests.cpu=2",
+        "nodes.watch=false",
+    ):
+        assert checksum("--set", value) != default
+    assert checksum("--set", "podAnnotations.a=b") == default
+
+
+def test_selectors_find_the_pods(render: Any) -> None:
+    manifests = render("--set", "replicaCount=2")
+    labels = find(manifests, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    selectors = [
+        find(manifests, "Deployment")["spec"]["selector"]["matchLabels"],
+        find(manifests, "Service", "finetune-operator-progress")["spec"]["selector"],
+        find(manifests, "Service", "finetune-operator-metrics")["spec"]["selector"],
+        find(manifests, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
+        find(manifests, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"],
+    ]
+    for selector in selectors:
+        assert selector
+        assert selector.items() <= labels.items()
+
+
+def test_services_lead_to_ports_of_the_pods(render: Any) -> None:
+    manifests = render("--set", "progress.port=9443")
+    (container,) = find(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"health": 8080, "progress": 9443}
+    services = [m for m in manifests if m["kind"] == "Service"]
+    assert {port["targetPort"] for service in services for port in service["spec"]["ports"]} == set(ports)
+
+
+def test_network_policy_lets_in_what_is_served_and_out_what_is_needed(render: Any) -> None:
+    policy = find(
+        render("--set", "progress.port=9443", "--set", "networkPolicy.apiServerPorts={8443}"), "NetworkPolicy"
+    )
+    spec = policy["spec"]
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    assert spec["ingress"] == [
+        {"ports": [{"port": 8080, "protocol": "TCP"}]},
+        {"from": [{"namespaceSelector": {}}], "ports": [{"port": 9443, "protocol": "TCP"}]},
+    ]
+    assert spec["egress"] == [
+        {"ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]},
+        {"to": [{"podSelector": spec["podSelector"]}], "ports": [{"port": 9443, "protocol": "TCP"}]},
+        {"ports": [{"port": 8443, "protocol": "TCP"}]},
+    ]
+
+
+def test_network_policy_without_progress_has_no_rule_for_it(render: Any) -> None:
+    spec = find(render("--set", "progress.enabled=false"), "NetworkPolicy")["spec"]
+    assert [rule["ports"][0]["port"] for rule in spec["ingress"]] == [8080]
+    assert [rule["ports"][0]["port"] for rule in spec["egress"]] == [53, 443]
+
+
 def test_operator_pod_meets_the_restricted_pod_security_standard(render: Any) -> None:
-    deployment = next(m for m in render() if m["kind"] == "Deployment")
-    pod = deployment["spec"]["template"]["spec"]
-    assert deployment["spec"]["replicas"] == 1
-    assert deployment["spec"]["strategy"] == {"type": "Recreate"}
+    pod = find(render(), "Deployment")["spec"]["template"]["spec"]
     assert pod["securityContext"] == {
         "runAsNonRoot": True,
         "runAsUser": 65532,

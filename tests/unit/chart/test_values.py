@@ -36,8 +36,9 @@ def test_every_value_is_used_by_a_template(chart: Path) -> None:
     templates = "".join(path.read_text() for path in sorted((chart / "templates").glob("*")))
     templates = templates.replace("index $root.Values.images $name", ".Values.images.operator .Values.images.trainer")
     schema = json.loads((chart / "values.schema.json").read_text())
-    # `images` is read as a whole and `stages` goes into the operator's file as a whole.
-    paths = {re.sub(r"^(images\.\w+|stages)\..*", r"\1", path) for path in leaves(schema)}
+    # Read as a whole: `images`, and what goes into the operator's file as it is.
+    whole = r"^(images\.\w+|stages|leaderElection|nodes|hang|logs|retry|featureGates)\..*"
+    paths = {re.sub(whole, r"\1", path) for path in leaves(schema)}
     unused = [path for path in sorted(paths) if not re.search(rf"\.Values\.{re.escape(path)}\b", templates)]
     assert unused == []
 
@@ -65,6 +66,15 @@ def test_every_object_in_the_schema_is_closed(chart: Path) -> None:
     ("argument", "named"),
     [
         pytest.param("replicas=2", "replicas", id="a value that does not exist"),
+        pytest.param("replicaCount=0", "replicaCount", id="no pod"),
+        pytest.param("nodes.watch=sometimes", "watch", id="neither auto nor true nor false"),
+        pytest.param("retry.firstSeconds=0", "firstSeconds", id="no wait at all"),
+        pytest.param("featureGates.TPU=true", "TPU", id="a gate that does not exist"),
+        pytest.param("instanceTypes.x.cpus=4", "cpus", id="a misspelt key of an instance type"),
+        pytest.param("models.x.layers=4", "heads", id="a model without its heads"),
+        pytest.param("currency=dollars", "currency", id="no currency"),
+        pytest.param("networkPolicy.apiServerPorts=[]", "apiServerPorts", id="no port for the API server"),
+        pytest.param("logs.tailLines=0", "tailLines", id="a switch hidden in a number"),
         pytest.param("images.operator.repo=x", "repo", id="a misspelt key inside another"),
         pytest.param("stages.train.limits.cpu=1", "limits", id="a key that a stage does not have"),
         pytest.param("stages.deploy.env.A=b", "deploy", id="a stage that does not exist"),

@@ -21,6 +21,7 @@ from finetune_operator.api.finetunejob import (
     unavailable_features,
 )
 from finetune_operator.api.spec import FineTuneJobSpec
+from finetune_operator.core.settings import FEATURES
 
 
 def problems_of(body: Any) -> list[tuple[str, str]]:
@@ -129,6 +130,8 @@ AVAILABLE: dict[str, dict[str, Any]] = {
     "rank-stabilised LoRA without packing": {"method": {"lora": {"variant": "rslora"}}, "dataset": {"packing": "none"}},
     "compilation turned off": {"compile": {"enabled": False}},
     "neither merge nor evaluate": {"merge": {"enabled": False}, "evaluate": {"enabled": False}},
+    "a queue": {"queue": {"name": "research"}},
+    "a dry run": {"dryRun": True},
 }
 
 
@@ -154,8 +157,6 @@ UNAVAILABLE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "pipeline parallelism": ({"parallelism": {"pipelineParallelSize": 2}}, ["spec.parallelism.pipelineParallelSize"]),
     "compilation": ({"compile": {}}, ["spec.compile.enabled"]),
     "publishing": ({"publish": {"s3": {"uri": "s3://bucket/a"}}}, ["spec.publish"]),
-    "a queue": ({"queue": {"name": "research"}}, ["spec.queue"]),
-    "a dry run": ({"dryRun": True}, ["spec.dryRun"]),
 }
 
 
@@ -164,6 +165,42 @@ def test_what_a_later_release_does_is_named(change: dict[str, Any], fields: list
     problems = unavailable_features(make_job(**change).spec)
     assert [problem.field for problem in problems] == fields
     assert all("is not available in this release; " in problem.message for problem in problems)
+
+
+TRAINIUM = {
+    "accelerator": {"type": "neuron", "instanceType": "ml.trn1.32xlarge"},
+    "parallelism": {"tensorParallelSize": 8, "pipelineParallelSize": 2},
+    "compile": {},
+}
+GPU = {"accelerator": {"type": "cuda", "instanceType": "ml.g5.12xlarge"}}
+PUBLISH = {"publish": {"s3": {"uri": "s3://bucket/a"}}}
+
+
+@pytest.mark.parametrize(
+    ("gate", "change"), [("Neuron", TRAINIUM), ("Cuda", GPU), ("Publish", PUBLISH)], ids=["Neuron", "Cuda", "Publish"]
+)
+def test_each_gate_opens_what_is_its_own_and_nothing_else(gate: str, change: dict[str, Any]) -> None:
+    spec = make_job(**change).spec
+    others = dict.fromkeys(FEATURES, True) | {gate: False}
+    assert unavailable_features(spec, {gate: True}) == ()
+    assert unavailable_features(spec, others) == unavailable_features(spec) != ()
+
+
+def test_a_gate_opens_no_tensor_parallelism_on_cpus() -> None:
+    spec = make_job(parallelism={"tensorParallelSize": 2}).spec
+    fields = [problem.field for problem in unavailable_features(spec, dict.fromkeys(FEATURES, True))]
+    assert fields == ["spec.parallelism.tensorParallelSize"]
+
+
+def test_a_queue_is_refused_where_the_installation_serves_none() -> None:
+    (problem,) = unavailable_features(make_job(queue={"name": "research"}).spec, queue_enabled=False)
+    assert (problem.field, problem.value) == ("spec.queue", "research")
+    assert "is not available in this installation; remove it" in problem.message
+
+
+def test_prompts_may_have_as_many_characters_as_the_annotation_holds() -> None:
+    prompt = {"text": "ä" * 8192, "context": "b" * 16384, "expected": "c" * 8192}
+    assert len(make_job(evaluate={"prompts": [prompt]}).spec.evaluate.prompts) == 1
 
 
 SECTIONS = st.fixed_dictionaries(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simulated import Simulation
@@ -74,8 +71,8 @@ def test_deciding_is_deterministic_and_changes_nothing(history: list[tuple[str, 
     simulation = Simulation()
     for move, value in history:
         play(simulation, move, value)
-        before = copy.deepcopy(dataclasses.asdict(simulation))
+        before = simulation.state()
         first, second = simulation.decide(), simulation.decide()
         assert first == second
-        assert dataclasses.asdict(simulation) == before
+        assert simulation.state() == before
         simulation.step()

@@ -8,6 +8,7 @@ import pytest
 from simulated import Simulation, successful_report
 
 from finetune_operator.api import constants
+from finetune_operator.core.figures import Progress
 from finetune_trainer.contract import ExitCode
 
 STAGES = ("prepare", "train", "consolidate", "merge", "evaluate")
@@ -38,7 +39,7 @@ def test_the_next_jobs_objects_are_asked_for_when_the_pods_have_ended_and_the_jo
     simulation.settle()
     simulation.run_stage("prepare")
     _, desired = simulation.decide()
-    assert [manifest["kind"] for manifest in desired.manifests] == ["ConfigMap", "Service", "Job"]
+    assert [manifest["kind"] for manifest in desired.manifests] == ["Service", "Job"]
     assert [record.kind for record in desired.records] == ["Job"]
 
 
@@ -159,7 +160,7 @@ def test_suspension_stops_the_running_stage_and_resume_goes_on_with_the_next_att
     simulation.change(suspend=True)
     status = simulation.settle()
     assert status.phase == "Suspended"
-    assert [name for name in simulation.jobs if "train" in name] == []
+    assert simulation.pods_of("train") == []
     simulation.change(suspend=False)
     status = simulation.settle()
     train = next(stage for stage in status.stages if stage.name == "train")
@@ -186,7 +187,9 @@ def test_a_passed_deadline_stops_what_runs_and_then_fails() -> None:
     assert pipeline.wake_at == simulation.now + timedelta(seconds=60)
     status = simulation.settle(61)
     assert (status.phase, status.reason) == ("Failed", "DeadlineExceeded")
-    assert simulation.jobs == {}
+    assert simulation.pods == {}
+    simulation.change(activeDeadlineSeconds=600)
+    assert simulation.settle().stages[0].attempt == 2, "what was stopped goes on, and is no restart"
 
 
 def test_an_upgrade_of_the_operator_leaves_a_started_stage_alone() -> None:
@@ -240,9 +243,9 @@ def test_the_objects_of_endless_faults_of_the_infrastructure_do_not_heap_up() ->
         simulation.settle()
         status = simulation.settle(80)
     assert status.restarts == 30
-    kept = [name for name in simulation.config_maps if "train" in name]
-    assert len(kept) == len(status.attempts) + 1 == 20
-    assert len(simulation.services) == len(simulation.jobs) - 1 == 20
+    kept = [name for name in simulation.jobs if "train" in name]
+    assert len(kept) == len(simulation.services) == 20
+    assert len(status.attempts) == 19
 
 
 @pytest.mark.parametrize(
@@ -262,3 +265,116 @@ def test_the_gate_decides_by_the_losses(metrics: dict[str, float], phase: str) -
     assert status.phase == phase
     reason = next(each.reason for each in status.conditions if each.type == constants.ConditionType.EVALUATED)
     assert reason == ("Completed" if phase == "Succeeded" else "GateNotMet")
+
+
+HEALTH = "sagemaker.amazonaws.com/node-health-status"
+
+
+def node(name: str, health: str | None = "Schedulable", ready: str = "True") -> dict[str, object]:
+    labels = {"kubernetes.io/hostname": name, **({HEALTH: health} if health is not None else {})}
+    return {
+        "metadata": {"name": name, "uid": f"uid-of-{name}", "labels": labels},
+        "status": {"conditions": [{"type": "Ready", "status": ready}]},
+    }
+
+
+def training() -> Simulation:
+    """A job whose two training pods run on n1 and n2."""
+    simulation = Simulation()
+    simulation.nodes = {name: node(name) for name in ("n1", "n2", "n3")}
+    walk(simulation, "prepare")
+    for pod, name in zip(simulation.pods_of("train"), ("n1", "n2"), strict=True):
+        pod["spec"]["nodeName"] = name
+        pod["status"]["containerStatuses"] = [{"name": "stage", "state": {"running": {}}}]
+    simulation.settle()
+    return simulation
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "words"),
+    [
+        pytest.param(
+            lambda s: s.nodes["n2"]["metadata"]["labels"].update({HEALTH: "UnschedulablePendingReplacement"}),
+            "NodeFault",
+            "UnschedulablePendingReplacement",
+            id="a label of HyperPod",
+        ),
+        pytest.param(
+            lambda s: s.nodes.update(n2=node("n2", ready="Unknown")), "NodeLost", "n2", id="a node that is not ready"
+        ),
+        pytest.param(
+            lambda s: (s.nodes.pop("n2"), s.deleted_nodes.add("n2")), "NodeLost", "n2", id="a node that is deleted"
+        ),
+    ],
+)
+def test_a_faulty_node_ends_the_attempt_at_once_and_costs_no_retry(change: object, reason: str, words: str) -> None:
+    simulation = training()
+    simulation.change(retryPolicy={"maxRetries": 0})
+    change(simulation)  # type: ignore[operator]
+    simulation.settle()
+    status = simulation.settle(5)
+    (attempt,) = status.attempts
+    assert (attempt.reason, attempt.node, attempt.counted) == (reason, "n2", False)
+    assert words in attempt.message
+    assert simulation.created_jobs[-1].endswith("-2")
+    assert status.phase == "Training"
+
+
+def test_the_next_attempt_keeps_to_healthy_nodes_and_prefers_others_than_the_faulty_one() -> None:
+    simulation = training()
+    simulation.nodes["n2"]["metadata"]["labels"][HEALTH] = "Unschedulable"
+    simulation.settle()
+    simulation.settle(5)
+    affinity = simulation.jobs[simulation.created_jobs[-1]]["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
+    (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert {"key": HEALTH, "operator": "In", "values": ["Schedulable"]} in term["matchExpressions"]
+    assert "n2" in str(affinity["preferredDuringSchedulingIgnoredDuringExecution"])
+
+
+def test_without_the_label_on_any_node_none_is_required() -> None:
+    simulation = Simulation()
+    simulation.nodes = {"n1": node("n1", health=None)}
+    simulation.settle()
+    (job,) = simulation.jobs.values()
+    assert "affinity" not in job["spec"]["template"]["spec"]
+
+
+def test_a_training_that_makes_no_step_for_too_long_hangs_and_is_stopped() -> None:
+    simulation = training()
+    simulation.change(stages={"train": {"hangSeconds": 60}})
+    simulation.progress = Progress("train", 1, step=7, total_steps=40, checkpoint_step=5, advanced_at=simulation.now)
+    pipeline, _ = simulation.decide()
+    assert pipeline.wake_at == simulation.now + timedelta(seconds=60)
+    assert simulation.settle(59).attempts == ()
+    status = simulation.settle(2)
+    (attempt,) = status.attempts
+    assert (attempt.reason, attempt.counted, attempt.lost_steps) == ("Hanging", True, 2)
+    assert "step 7" in attempt.message
+
+
+def test_a_job_without_posts_is_not_judged_by_its_silence() -> None:
+    simulation = training()
+    simulation.change(stages={"train": {"hangSeconds": 60}})
+    assert simulation.settle(600).attempts == ()
+
+
+def test_only_another_time_to_live_does_not_run_a_failed_job_again() -> None:
+    simulation = Simulation()
+    simulation.settle()
+    simulation.fail_stage("prepare", ExitCode.USER_ERROR)
+    assert simulation.settle().phase == "Failed"
+    simulation.change(ttlSecondsAfterFinished=60)
+    simulation.settle()
+    assert simulation.body["status"]["phase"] == "Failed"
+    assert len(simulation.created_jobs) == 1
+
+
+def test_another_gate_measures_nothing_anew() -> None:
+    simulation = Simulation()
+    simulation.change(evaluate={"gate": {"maxLossRatioToBase": 0.4}})
+    walk(simulation, *STAGES[:-1])
+    simulation.run_stage("evaluate", baseLoss=2.0, tunedLoss=1.0)
+    assert simulation.settle().phase == "Failed"
+    simulation.change(evaluate={"gate": {"maxLossRatioToBase": 0.6}})
+    assert simulation.settle().phase == "Succeeded"
+    assert len(simulation.created_jobs) == len(STAGES)

@@ -12,10 +12,14 @@ from kubernetes.aio import client as kubernetes_client
 
 from finetune_operator.api import constants
 from finetune_operator.config import OperatorConfig
+from finetune_operator.core.settings import Settings
 from finetune_operator.handlers import Operator
 from finetune_operator.health import ECHO_SECONDS, WatchEchoes
 from finetune_operator.kube.client import Client, object_path
+from finetune_operator.kube.observe import Facts
 from finetune_operator.progress.server import monotonic
+from finetune_operator.reconcile import Cluster
+from finetune_operator.work_queue import Key, WorkQueue
 
 Server = kmock_library.RawHandler
 pytestmark = pytest.mark.kmock(cls=Server)
@@ -41,17 +45,20 @@ async def client(kmock: Server) -> AsyncIterator[Client]:
         yield client
 
 
-def connected(client: Client) -> Operator:
-    """An operator as start() leaves it, without a watch."""
-    operator = Operator(OperatorConfig(trainer_image="registry.example/trainer:1"))
+def connected(client: Client, **spec: Any) -> Operator:
+    """An operator as start() leaves it, without a watch, that knows one job."""
+    operator = Operator(OperatorConfig(core=Settings(trainer_image="registry.example/trainer:1")))
     operator._client = client
+    operator._cluster = Cluster(client, operator._cache, Facts(client, monotonic))
+    operator.job_changed("ADDED", refused_job(**spec))
     return operator
 
 
-def serve_refused_job(kmock: Server, **spec: Any) -> None:
+def refused_job(version: str = "1", **spec: Any) -> dict[str, Any]:
     """A job whose one reconcile writes its status and one event."""
-    kmock[f"get {JOB}"] << job_body(publish={"s3": {"uri": "s3://bucket/model"}}, **spec)
-    kmock[f"patch {JOB}/status"] << {"metadata": {"resourceVersion": "2"}}
+    body = job_body(publish={"s3": {"uri": "s3://bucket/model"}}, **spec)
+    body["metadata"]["resourceVersion"] = version
+    return body
 
 
 async def test_a_job_deleted_right_after_our_write_does_not_look_like_a_dead_watch(
@@ -60,24 +67,40 @@ async def test_a_job_deleted_right_after_our_write_does_not_look_like_a_dead_wat
     clock = Clock()
     operator = connected(client)
     operator._echoes = WatchEchoes(clock)
-    serve_refused_job(kmock)
+    kmock[f"patch {JOB}/status"] << {"metadata": {"resourceVersion": "2"}}
 
     async def deleted(_: kmock_library.Request) -> dict[str, Any]:
-        operator.job_changed("DELETED", *KEY, "3")
+        operator.job_changed("DELETED", refused_job("3"))
         return {}
 
     kmock[f"post {EVENTS}"] << deleted
     await operator._process(KEY)
-    kmock[f"get {JOB}"] << kmock_library.Response(status=404, payload={"kind": "Status"})
     await operator._process(KEY)
     clock.ahead += ECHO_SECONDS + 1
     assert operator.problems() == []
 
 
 async def test_a_refused_job_is_looked_at_again_when_its_time_is_over(kmock: Server, client: Client) -> None:
-    operator = connected(client)
-    serve_refused_job(kmock, ttlSecondsAfterFinished=60)
+    operator = connected(client, ttlSecondsAfterFinished=60)
+    kmock[f"patch {JOB}/status"] << {"metadata": {"resourceVersion": "2"}}
     kmock[f"post {EVENTS}"] << {}
     after = await operator._process(KEY)
     assert after is not None
-    assert 50 < after <= 60
+    assert 58 < after <= 60
+
+
+async def test_our_own_write_needs_no_answer_and_a_foreign_change_does(kmock: Server, client: Client) -> None:
+    operator = connected(client)
+    kmock[f"patch {JOB}/status"] << {"metadata": {"resourceVersion": "2"}}
+    kmock[f"post {EVENTS}"] << {}
+    await operator._process(KEY)
+    operator._lead()
+    assert operator._queue is not None
+    await operator._queue.close()
+    woken: list[Key] = []
+    operator._queue = WorkQueue(lambda key: woken.append(key))  # type: ignore[arg-type,return-value]
+    operator._queue.wake = lambda key, after=0.0: woken.append(key)  # type: ignore[method-assign,misc]
+    operator.job_changed("MODIFIED", refused_job("2"))
+    assert woken == [], "the echo of our own status write"
+    operator.job_changed("MODIFIED", refused_job("3"))
+    assert woken == [KEY]

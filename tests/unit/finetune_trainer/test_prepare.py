@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -128,6 +129,31 @@ def test_the_artifact_holds_all_that_training_reads(base: Path, monkeypatch: pyt
     assert order.dtype == np.int32
     assert order.shape == (20 * 4,)
     assert sorted(order[: data["rows"]]) == list(range(data["rows"]))
+
+
+def test_the_report_has_the_sizes_of_the_model(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = run(make_config(base), monkeypatch)
+    weights = load_file(base / "base" / "model.safetensors")
+    assert report["metrics"]["model"] == {
+        "hiddenSize": tiny_model.HIDDEN_SIZE,
+        "layers": tiny_model.LAYERS,
+        "heads": tiny_model.HEADS,
+        "kvHeads": tiny_model.KV_HEADS,
+        "intermediateSize": tiny_model.INTERMEDIATE_SIZE,
+        "vocabSize": len(weights["model.embed_tokens.weight"]),
+        "parameters": sum(tensor.size for tensor in weights.values()),
+        "tied": False,
+    }
+
+
+def test_a_model_whose_config_has_other_words_is_reported_without_sizes(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = base / "base" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "num_hidden_layers"}))
+    report = run(make_config(base), monkeypatch)
+    assert (report["exitCode"], "model" in report["metrics"]) == (ExitCode.SUCCESS, False)
 
 
 def test_the_same_stage_config_gives_the_same_bytes(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,3 +196,35 @@ def test_progress_carries_all_that_is_known(serve: Callable[..., Endpoint]) -> N
         "secondsLeft": 60,
         "lastCheckpoint": 4,
     }
+
+
+def test_every_step_and_every_save_is_told_to_the_operator_and_not_printed(
+    serve: Callable[..., Endpoint], capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint = serve()
+    progress = Progress(ProgressPoster({"url": endpoint.url}, min_interval=0.001), 10)
+    tell: list[tuple[Callable[[], None], dict[str, Any]]] = [
+        (lambda: progress.started(4), {"step": 4, "totalSteps": 10}),
+        (lambda: progress.stepped(5), {"step": 5, "totalSteps": 10}),
+        (lambda: progress.saving(5), {"step": 5, "totalSteps": 10, "phase": "saving"}),
+        (lambda: progress.stepped(6), {"step": 6, "totalSteps": 10}),
+    ]
+    for count, (call, expected) in enumerate(tell, 1):
+        call()
+        wait_until(lambda count=count: len(endpoint.received) == count, 10, f"post {count} did not arrive")
+        assert endpoint.received[-1] == expected
+    progress.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_telling_of_a_step_takes_no_time_from_training(serve: Callable[..., Endpoint]) -> None:
+    endpoint = serve()
+    endpoint.hold.clear()
+    progress = Progress(ProgressPoster({"url": endpoint.url}), 100_000)
+    began = time.monotonic()
+    for step in range(10_000):
+        progress.stepped(step)
+    assert (time.monotonic() - began) / 10_000 < 0.0005, "seconds a step, while the operator does not answer"
+    endpoint.hold.set()
+    progress.close()
+    assert endpoint.received[-1]["step"] == 9_999

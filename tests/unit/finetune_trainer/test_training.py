@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,38 @@ def test_training_lowers_the_loss_and_leaves_log_and_checkpoint(
     assert (outcome.timings.steps, outcome.timings.checkpoints) == (4, 2)
     assert "step 4/4  loss " in capsys.readouterr().out
     assert len((tmp_path / "work/training.jsonl").read_text().splitlines()) == 4
+
+
+class Posted(ProgressPoster):
+    """A poster that keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.facts: list[tuple[int, str | None, int | None]] = []
+
+    def post(self, facts: Mapping[str, Any]) -> None:
+        self.facts.append((facts["step"], facts.get("phase"), facts.get("lastCheckpoint")))
+
+
+def test_the_operator_is_told_of_every_step_whatever_is_logged(
+    make_backend: Callable[..., TorchBackend], tmp_path: Path
+) -> None:
+    rows = open_rows(write_prepared(tmp_path / "p", steps=4, global_batch_size=8), 8)
+    plan = make_plan(log_every_steps=3, checkpoint_every_steps=2)
+    posted = Posted()
+    progress = Progress(posted, plan.total_steps)
+    training.train(make_backend(), plan, rows, tmp_path / "work", None, progress, should_stop=lambda: False)
+    assert posted.facts == [
+        (0, None, None),
+        (1, None, None),
+        (2, None, None),
+        (2, "saving", None),
+        (2, None, 2),
+        (3, None, 2),
+        (4, None, 2),
+        (4, "saving", 2),
+        (4, None, 4),
+    ]
 
 
 class Overtaken(TorchBackend):

@@ -15,7 +15,7 @@ from local_cluster.settings import Settings
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     source = tmp_path / "source"
-    for module in binaries.MODULES:
+    for module in (*binaries.MODULES, *binaries.ADD_ON_MODULES):
         (source / "go" / module.name).mkdir(parents=True)
         (source / "go" / module.name / "go.mod").write_text(f"module {module.name}\n")
     return Settings(cache=tmp_path / "cache", state=tmp_path / "state", run=tmp_path / "run", source=source)

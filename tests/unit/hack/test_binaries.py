@@ -24,6 +24,22 @@ def test_every_part_of_kubernetes_is_a_name_of_one_binary() -> None:
     assert {"etcd", "coredns", "helm", "pause"} < set(binaries.MODULES[0].programs)
 
 
+def test_an_add_on_is_built_only_for_those_who_ask(settings: Settings) -> None:
+    names = {module.name for module in binaries.missing_modules(settings)}
+    assert names == {"kubernetes", "buildkit"}
+    assert {module.name for module in binaries.missing_modules(settings, ("kueue",))} == {*names, "kueue"}
+
+
+def test_an_add_on_does_not_change_what_the_others_are_built_from(settings: Settings) -> None:
+    before = [binaries.module_folder(settings, module) for module in binaries.MODULES]
+    (settings.source / "go" / "kueue" / "go.mod").write_text("module changed\n")
+    assert [binaries.module_folder(settings, module) for module in binaries.MODULES] == before
+
+
+def test_an_add_ons_manifests_lie_beside_its_binary(settings: Settings) -> None:
+    assert binaries.resources(settings, "kueue").parent == binaries.programs(settings)["kueue"].parent
+
+
 def _write_program(path: Path, output: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\necho '{output}'\n")

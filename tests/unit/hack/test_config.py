@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import tomllib
 from local_cluster import config
-from local_cluster.parts import PART_NAMES, cluster_parts
+from local_cluster.parts import ADD_ON_NAMES, PART_NAMES, cluster_parts, kueue_part, kwok_part
 from local_cluster.pki import AUTHORITIES, CERTIFICATES, CLIENTS, kubeconfig
-from local_cluster.settings import PORTS, Settings, read_settings
+from local_cluster.settings import OPERATOR_USER, PORTS, Settings, read_settings
 from local_cluster.workspace import claim
 
 SETTINGS = Settings(cache=Path("/c"), state=Path("/s"), run=Path("/r"), source=Path("/tree/hack/cluster"))
-PROGRAMS = {name: Path("/bin") / name for name in (*PART_NAMES, "kubectl")}
+PROGRAMS = {name: Path("/bin") / name for name in (*PART_NAMES, *ADD_ON_NAMES, "kubectl")}
 
 
 def test_containerd_keeps_to_folders_of_its_own() -> None:
@@ -71,7 +71,57 @@ def test_every_part_has_a_name_a_probe_and_absolute_paths() -> None:
     assert tuple(part.name for part in parts) == PART_NAMES
     assert all(part.argv[0].startswith("/") for part in parts)
     assert {part.probe.partition(":")[0] for part in parts} == {"http", "https", "unix"}
-    assert set(PORTS) <= set(PART_NAMES)
+    assert set(PORTS) <= {*PART_NAMES, *ADD_ON_NAMES}
+
+
+def test_no_two_parts_listen_on_one_port() -> None:
+    ports = [port for places in PORTS.values() for _, port in places]
+    assert len(ports) == len(set(ports))
+
+
+def _level(user: str, groups: list[str]) -> str:
+    """What the audit policy keeps of a user's requests: the first rule that fits, as the API server applies them."""
+    rules: list[dict[str, Any]] = json.loads(config.audit_policy())["rules"]
+    for rule in rules:
+        fits_user = "users" not in rule or user in rule["users"]
+        fits_group = "userGroups" not in rule or set(groups) & set(rule["userGroups"])
+        if fits_user and fits_group:
+            return str(rule["level"])
+    return "None"
+
+
+@pytest.mark.parametrize(
+    ("user", "groups", "level"),
+    [
+        pytest.param(
+            "system:serviceaccount:team-a:finetune-operator",
+            ["system:serviceaccounts", "system:serviceaccounts:team-a"],
+            "Metadata",
+            id="the operator, in whatever namespace it is installed",
+        ),
+        pytest.param(OPERATOR_USER, ["system:authenticated"], "Metadata", id="an operator under test"),
+        pytest.param(
+            "system:serviceaccount:kube-system:job-controller",
+            ["system:serviceaccounts", "system:serviceaccounts:kube-system"],
+            "None",
+            id="not Kubernetes' own controllers",
+        ),
+        pytest.param("finetune-admin", ["system:masters"], "None", id="not the admin"),
+        pytest.param("system:node:finetune-node", ["system:nodes"], "None", id="not the kubelet"),
+        pytest.param("kueue", ["system:authenticated"], "None", id="not an add-on"),
+    ],
+)
+def test_the_audit_log_keeps_the_operators_requests(user: str, groups: list[str], level: str) -> None:
+    assert _level(user, groups) == level
+
+
+def test_the_audit_log_is_bounded_and_goes_with_the_cluster() -> None:
+    parts = {part.name: part for part in cluster_parts(SETTINGS, PROGRAMS)}
+    flags = dict(word.split("=", 1) for word in parts["kube-apiserver"].argv[1:])
+    assert flags["--audit-log-path"] == str(SETTINGS.audit_log)
+    assert SETTINGS.audit_log.is_relative_to(SETTINGS.cluster)
+    assert int(flags["--audit-log-maxsize"]) * (1 + int(flags["--audit-log-maxbackup"])) == 100
+    assert Path(flags["--audit-policy-file"]) in parts["kube-apiserver"].files
 
 
 def test_every_certificate_that_a_part_names_is_made() -> None:
@@ -79,7 +129,8 @@ def test_every_certificate_that_a_part_names_is_made() -> None:
         f"{name}.{kind}" for name in (*AUTHORITIES, *(leaf.name for leaf in CERTIFICATES)) for kind in ("crt", "key")
     }
     made |= {f"{name}.kubeconfig" for name in CLIENTS} | {"service-accounts.key", "service-accounts.pub"}
-    text = " ".join(" ".join(part.argv) for part in cluster_parts(SETTINGS, PROGRAMS))
+    add_ons = (kueue_part(SETTINGS, Path("/bin/kueue")), kwok_part(SETTINGS, Path("/bin/kwok"), ()))
+    text = " ".join(" ".join(part.argv) for part in (*cluster_parts(SETTINGS, PROGRAMS), *add_ons))
     named = {word.rpartition("/")[2] for word in text.split() if f"{SETTINGS.pki}/" in word}
     assert named
     assert named <= made

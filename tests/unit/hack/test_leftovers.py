@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from local_cluster import cgroups, leftovers, mounts, network
+from local_cluster.settings import Settings
 
 MOUNTINFO = """\
 22 1 254:0 / / rw,relatime - ext4 /dev/vda rw
@@ -63,3 +64,16 @@ def test_only_log_links_to_our_pods_are_ours(tmp_path: Path) -> None:
     (tmp_path / "ours.log").symlink_to("/s/cluster/pod-logs/a/0.log")
     (tmp_path / "others.log").symlink_to("/var/log/pods/a/0.log")
     assert leftovers.container_logs(tmp_path, Path("/s/cluster/pod-logs")) == [tmp_path / "ours.log"]
+
+
+def test_only_kueues_links_to_our_certificates_are_ours(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "certs"
+    folder.mkdir()
+    (folder / "tls.crt").symlink_to(settings.pki / "kueue.crt")
+    (folder / "tls.key").write_text("somebody else's")
+    monkeypatch.setattr(leftovers, "KUEUE_METRICS_CERTIFICATES", folder)
+    assert leftovers.kueue_links(settings) == [folder / "tls.crt"]
+    leftovers.remove_kueue_links(settings)
+    assert [file.name for file in folder.iterdir()] == ["tls.key"]

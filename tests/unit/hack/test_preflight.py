@@ -33,7 +33,7 @@ def test_a_machine_that_has_everything_has_no_problems() -> None:
         pytest.param(replace(FINE, is_linux=False), ["CLUSTER=existing"], id="another system is sent away"),
         pytest.param(
             replace(FINE, missing_modules=("kubernetes",), has_go=False),
-            ["install Go 1.25"],
+            ["build kubernetes with: install Go 1.25"],
             id="go is asked for if needed",
         ),
         pytest.param(replace(FINE, has_go=False), [], id="go is not asked for if everything is built"),
@@ -106,3 +106,15 @@ def test_of_ipv6_only_the_wildcard_counts() -> None:
 )
 def test_a_socket_conflicts_only_on_an_address_of_ours(address: str, port: int, taken: bool) -> None:
     assert (port in conflicts([Listener(address, port, "1")])) is taken
+
+
+@pytest.mark.parametrize(
+    ("add_ons", "taken"),
+    [
+        pytest.param((), False, id="a port of an add-on that nobody asked for is free to use"),
+        pytest.param(("kwok",), False, id="another add-on does not need it"),
+        pytest.param(("kueue",), True, id="its own add-on does"),
+    ],
+)
+def test_ports_of_add_ons_count_when_they_are_wanted(add_ons: tuple[str, ...], taken: bool) -> None:
+    assert (12443 in conflicts([Listener("0.0.0.0", 12443, "1")], add_ons)) is taken

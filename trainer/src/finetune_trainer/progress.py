@@ -1,8 +1,9 @@
 """Tells people and the operator how far training is: one line on stdout, one POST to the operator's endpoint.
 
-The training loop calls report(). Posting is best effort from its own thread: the newest facts wait in a mailbox of one
-place, at most one request goes out in MIN_INTERVAL_SECONDS, and whatever fails is dropped. Nothing here ever blocks or
-stops training. Standard library only.
+The training loop tells of every step, since a training that posts and does not advance is taken for one that hangs.
+Posting is best effort from its own thread: the newest facts wait in a mailbox of one place, at most one request goes
+out in MIN_INTERVAL_SECONDS, and whatever fails is dropped. Nothing here ever blocks or stops training. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -114,6 +115,14 @@ class Progress:
         """Training begins after `step` finished steps."""
         self._post(step=step)
 
+    def stepped(self, step: int) -> None:
+        """`step` steps are done. Prints nothing: called for each step, of which few are logged."""
+        self._post(step=step)
+
+    def saving(self, step: int) -> None:
+        """The checkpoint of `step` is being written, which may take longer than many steps."""
+        self._post(step=step, phase="saving")
+
     def logged(
         self, step: int, loss: float, learning_rate: float, tokens_per_second: float, seconds_left: float
     ) -> None:
@@ -144,6 +153,8 @@ class Progress:
     def close(self) -> None:
         self._poster.close()
 
-    def _post(self, **facts: Any) -> None:
-        self._facts.update(facts)
+    def _post(self, phase: str | None = None, **facts: Any) -> None:
+        """Post all that is known. `phase` is what goes on between steps, None while there is none."""
+        self._facts.pop("phase", None)
+        self._facts.update(facts if phase is None else {**facts, "phase": phase})
         self._poster.post(self._facts)

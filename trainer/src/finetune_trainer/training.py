@@ -291,6 +291,8 @@ class _Run:
         done = step + 1
         if done == 1 or done % plan.log_every_steps == 0 or done == plan.total_steps:
             self._log(done, rate, norm)
+        elif self.log:
+            self.progress.stepped(done)
         return stopping > 0
 
     def save(self, done: int) -> None:
@@ -298,6 +300,7 @@ class _Run:
         began = time.monotonic()
         if self.log:
             self.log.sync()
+            self.progress.saving(done)
         state = self._state(done)
         write_checkpoint(self.backend, self.root, done, state)
         seconds = time.monotonic() - began

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 
-from finetune_operator.api.constants import ConditionType, Reason
+from finetune_operator.api.constants import ConditionType
 from finetune_operator.api.status import Condition, ConditionStatus
 
 _ORDER = {str(condition_type): position for position, condition_type in enumerate(ConditionType)}
@@ -33,11 +33,16 @@ def is_false(conditions: Iterable[Condition], condition_type: str) -> bool:
     return condition is not None and condition.status == "False"
 
 
+def cut_message(message: str) -> str:
+    """The message within the API's bound, marked with an ellipsis where it was longer."""
+    return message if len(message) <= MESSAGE_MAX_LENGTH else message[: MESSAGE_MAX_LENGTH - 1] + "…"
+
+
 def with_condition(
     conditions: Iterable[Condition],
     condition_type: ConditionType,
     status: ConditionStatus,
-    reason: Reason,
+    reason: str,
     message: str,
     *,
     observed_generation: int,
@@ -51,8 +56,7 @@ def with_condition(
     kept = list(conditions)
     before = find_condition(kept, condition_type)
     since = before.last_transition_time if before is not None and before.status == status else now
-    if len(message) > MESSAGE_MAX_LENGTH:
-        message = message[: MESSAGE_MAX_LENGTH - 1] + "…"
+    message = cut_message(message)
     fresh = Condition(
         type=str(condition_type),
         status=status,

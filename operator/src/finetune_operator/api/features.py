@@ -1,54 +1,66 @@
 """What the API already types but this release does not do yet, found before anything is started.
 
 The reconciler calls it on every valid spec and sets Validated=False with reason FeatureNotAvailable for what it
-returns, so that a job that asks for such a thing is told so instead of being run without it.
+returns, so that a job that asks for such a thing is told so instead of being run without it. A dry run starts nothing,
+so there it is only said in the plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from finetune_operator.api.problems import Problem
 from finetune_operator.api.spec import FineTuneJobSpec
 
 _AVAILABLE_FORMATS = ("dolly", "samsum", "promptCompletion")
+_NO_GATES: Mapping[str, bool] = MappingProxyType({})
 
 
-def unavailable_features(spec: FineTuneJobSpec) -> tuple[Problem, ...]:
-    """A Problem for each field whose value this release cannot serve; empty when it can serve the whole spec."""
+def unavailable_features(
+    spec: FineTuneJobSpec, features: Mapping[str, bool] = _NO_GATES, *, queue_enabled: bool = True
+) -> tuple[Problem, ...]:
+    """A Problem for each field whose value this release cannot serve; empty when it can serve the whole spec.
+
+    `features` are the installation's gates, by the names of core/settings.py; one that is not there is off.
+    `queue_enabled` says whether the installation serves spec.queue. A dry run has the same problems: its caller reports
+    them and refuses nothing.
+    """
     return tuple(
-        Problem(f"spec.{field}", value, f"{field}: {value} is not available in this release; {remedy}")
-        for field, value, remedy in _unavailable(spec)
+        Problem(f"spec.{field}", value, f"{field}: {value} is not available in this {where}; {remedy}")
+        for field, value, where, remedy in _unavailable(spec, features, queue_enabled)
     )
 
 
-def _unavailable(spec: FineTuneJobSpec) -> Iterator[tuple[str, str | int, str]]:
-    """(field, value, remedy) of each."""
+def _unavailable(
+    spec: FineTuneJobSpec, features: Mapping[str, bool], queue_enabled: bool
+) -> Iterator[tuple[str, str | int, str, str]]:
+    """(field, value, what does not have it, remedy) of each."""
+    release = "release"
     if spec.dataset.format not in _AVAILABLE_FORMATS:
-        yield (
-            "dataset.format",
-            spec.dataset.format,
-            f"use {', '.join(_AVAILABLE_FORMATS[:-1])} or {_AVAILABLE_FORMATS[-1]}",
-        )
+        formats = f"use {', '.join(_AVAILABLE_FORMATS[:-1])} or {_AVAILABLE_FORMATS[-1]}"
+        yield "dataset.format", spec.dataset.format, release, formats
     if spec.dataset.packing == "wrapped":
-        yield "dataset.packing", spec.dataset.packing, "use bestFit or none"
+        yield "dataset.packing", spec.dataset.packing, release, "use bestFit or none"
     if spec.method.type == "full":
-        yield "method.type", spec.method.type, "use lora"
+        yield "method.type", spec.method.type, release, "use lora"
     if spec.method.quantization != "none":
-        yield "method.quantization", spec.method.quantization, "use none"
+        yield "method.quantization", spec.method.quantization, release, "use none"
     if spec.method.lora is not None and spec.method.lora.variant == "dora":
-        yield "method.lora.variant", spec.method.lora.variant, "use standard or rslora"
-    if spec.parallelism.tensor_parallel_size > 1:
-        yield "parallelism.tensorParallelSize", spec.parallelism.tensor_parallel_size, "use 1"
-    if spec.parallelism.pipeline_parallel_size > 1:
-        yield "parallelism.pipelineParallelSize", spec.parallelism.pipeline_parallel_size, "use 1"
-    if spec.accelerator.type != "cpu":
-        yield "accelerator.type", spec.accelerator.type, "use cpu"
-    if spec.compile is not None and spec.compile.enabled:
-        yield "compile.enabled", "true", "remove compile"
-    if spec.publish is not None:
-        yield "publish", "publish", "remove it; the result stays on the workspace"
-    if spec.queue is not None:
-        yield "queue", spec.queue.name, "remove it"
-    if spec.dry_run:
-        yield "dryRun", "true", "remove it"
+        yield "method.lora.variant", spec.method.lora.variant, release, "use standard or rslora"
+    neuron = features.get("Neuron", False)
+    if not (neuron and spec.accelerator.type == "neuron"):
+        sizes = spec.parallelism
+        if sizes.tensor_parallel_size > 1:
+            yield "parallelism.tensorParallelSize", sizes.tensor_parallel_size, release, "use 1"
+        if sizes.pipeline_parallel_size > 1:
+            yield "parallelism.pipelineParallelSize", sizes.pipeline_parallel_size, release, "use 1"
+    gates = {"cpu": True, "cuda": features.get("Cuda", False), "neuron": neuron}
+    if not gates[spec.accelerator.type]:
+        yield "accelerator.type", spec.accelerator.type, release, "use cpu"
+    if spec.compile is not None and spec.compile.enabled and not neuron:
+        yield "compile.enabled", "true", release, "remove compile"
+    if spec.publish is not None and not features.get("Publish", False):
+        yield "publish", "publish", release, "remove it; the result stays on the workspace"
+    if spec.queue is not None and not queue_enabled:
+        yield "queue", spec.queue.name, "installation", "remove it, or have the chart's queue.enabled set"

@@ -74,6 +74,20 @@ class StageOverrides(Model):
             max_length=64, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
         ),
     ] = Field(default=(), description="Environment variables of the stage's container, beside the operator's own.")
+    active_deadline_seconds: int | None = Field(
+        default=None,
+        ge=1,
+        le=31_536_000,
+        description="Time of one attempt of the stage, from its pods' admission, after which it is ended and counts "
+        "as a failed one, in seconds; absent: none.",
+    )
+    hang_seconds: int | None = Field(
+        default=None,
+        ge=30,
+        le=86_400,
+        description="Time without a step after which an attempt counts as hanging and is ended, in seconds; absent: "
+        "the operator's default. Only train reports steps.",
+    )
 
 
 class Stages(Model):

@@ -18,9 +18,12 @@ from finetune_operator.api.model import Model
 from finetune_operator.api.overrides import Toleration
 from finetune_operator.api.problems import Problem
 from finetune_operator.api.spec import (
+    MAX_PROMPT_CHARACTERS,
     Accelerator,
     BaseModelSource,
     Dataset,
+    Evaluate,
+    EvaluationPrompt,
     FineTuneJobSpec,
     Method,
     Publish,
@@ -69,6 +72,10 @@ def _rule(
 
 def _is_source(source: str) -> bool:
     return re.fullmatch(_SOURCE, source) is not None and re.search(_CLIMBS, source) is None
+
+
+def _prompt_length(prompt: EvaluationPrompt) -> int:
+    return len(prompt.text) + len(prompt.context or "") + len(prompt.expected or "")
 
 
 def _splits_evenly(spec: FineTuneJobSpec) -> bool:
@@ -144,6 +151,16 @@ _TABLE: tuple[tuple[type[Model], Rule], ...] = (
         "s3 is required: set publish.s3.uri (an endpoint serves what lies there)",
         "has(self.s3)",
         lambda publish: publish.s3 is not None,
+    ),
+    _rule(
+        Evaluate,
+        "prompts",
+        f"prompts must have at most {MAX_PROMPT_CHARACTERS} characters in all, with context and expected: they travel "
+        "in an annotation; shorten them or remove some",
+        "!has(self.prompts) || self.prompts.map(prompt, size(prompt.text) + "
+        "(has(prompt.context) ? size(prompt.context) : 0) + "
+        f"(has(prompt.expected) ? size(prompt.expected) : 0)).sum() <= {MAX_PROMPT_CHARACTERS}",
+        lambda evaluate: sum(map(_prompt_length, evaluate.prompts)) <= MAX_PROMPT_CHARACTERS,
     ),
     _rule(
         Toleration,

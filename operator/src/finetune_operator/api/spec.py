@@ -18,6 +18,10 @@ DatasetFormat = Literal["dolly", "samsum", "promptCompletion", "alpaca", "messag
 Packing = Literal["bestFit", "none", "wrapped"]
 AcceleratorType = Literal["cpu", "cuda", "neuron"]
 
+MAX_PROMPT_CHARACTERS = 32768
+"""Of all of evaluate.prompts. stage.json is an annotation, and Kubernetes takes 256 KiB of them; a character has up to
+6 bytes there."""
+
 _SOURCE_FORMS = (
     "`hf://org/name` (a repository on the hub), `s3://bucket/prefix` (read with the stage's own credentials) or "
     "`workspace:///path` (a folder of the workspace volume)"
@@ -294,7 +298,11 @@ class Evaluate(Model):
     enabled: bool = Field(default=True, description="Whether the evaluate stage runs.")
     prompts: Annotated[
         tuple[EvaluationPrompt, ...], Field(max_length=64, json_schema_extra={"x-kubernetes-list-type": "atomic"})
-    ] = Field(default=(), description="Prompts that the base and the tuned model answer, greedily.")
+    ] = Field(
+        default=(),
+        description=f"Prompts that the base and the tuned model answer, greedily; at most {MAX_PROMPT_CHARACTERS} "
+        "characters in all.",
+    )
     max_new_tokens: int = Field(default=64, ge=1, le=4096, description="Longest answer, in tokens.")
     gate: EvaluationGate | None = Field(
         default=None,

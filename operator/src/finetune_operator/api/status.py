@@ -10,18 +10,26 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune_operator.api.model import StatusModel, Timestamp
+from finetune_operator.api.model import LabelKey, StatusModel, Timestamp
 
 ConditionStatus = Literal["True", "False", "Unknown"]
 
 MAX_ATTEMPTS = 20
 """Entries of status.attempts; the oldest fall out."""
 
+MAX_NODES = 64
+"""Nodes named in one stage's status; a larger gang's are not all listed."""
+
 _Text = Annotated[str, Field(max_length=1024)]
 _Message = Annotated[str, Field(max_length=32768)]
 _Word = Annotated[str, Field(max_length=64)]
 _Name = Annotated[str, Field(max_length=253)]
 _Digest = Annotated[str, Field(max_length=128)]
+_Log = Annotated[
+    tuple[Annotated[str, Field(max_length=300)], ...],
+    Field(max_length=20, json_schema_extra={"x-kubernetes-list-type": "atomic"}),
+]
+"""Lines of a log: records.LOG_MAX_LINES of log_tail.MAX_LINE_LENGTH characters."""
 
 
 class Condition(StatusModel):
@@ -69,6 +77,16 @@ class StageStatus(StatusModel):
     exit_code: int | None = Field(
         default=None, description="Exit code of the newest attempt's failed or last container."
     )
+    nodes: Annotated[tuple[_Name, ...], Field(max_length=MAX_NODES)] = Field(
+        default=(), description="Kubernetes nodes of the newest attempt's pods, the first of them if there are many."
+    )
+    queue_seconds: int | None = Field(
+        default=None, ge=0, description="Time that the newest attempt waited for its queue's quota, in seconds."
+    )
+    log: _Log = Field(
+        default=(),
+        description="Last lines of the newest attempt's failing container's log, oldest first; secrets are masked.",
+    )
 
 
 class Checkpoint(StatusModel):
@@ -88,6 +106,12 @@ class TrainingStatus(StatusModel):
         default=None, ge=0, description="Tokens trained on in a second, all ranks together."
     )
     last_checkpoint: Checkpoint | None = Field(default=None, description="The newest complete checkpoint.")
+    goodput: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="At the end: the share of the training's time that went into steps which were kept.",
+    )
 
 
 class PromptAnswers(StatusModel):
@@ -126,6 +150,16 @@ class AttemptStatus(StatusModel):
     exit_code: int | None = Field(default=None, description="Exit code of the container that failed first, if one did.")
     node: _Name | None = Field(default=None, description="Kubernetes node of the pod that failed first.")
     counted: bool = Field(default=True, description="Whether the attempt used up one of retryPolicy.maxRetries.")
+    lost_steps: int | None = Field(
+        default=None, ge=0, description="Steps done since the last checkpoint, which the next attempt does again."
+    )
+    recovery_seconds: int | None = Field(
+        default=None, ge=0, description="Time from its end until every pod of the next attempt ran, in seconds."
+    )
+    log: _Log = Field(
+        default=(),
+        description="Last lines of the log of the container that failed first, oldest first; secrets are masked.",
+    )
 
 
 class Artifacts(StatusModel):
@@ -136,16 +170,98 @@ class Artifacts(StatusModel):
     evaluation: Artifact | None = Field(default=None, description="The comparison of base and tuned model.")
 
 
+_Quantities = Annotated[dict[LabelKey, _Word], Field(max_length=16)]
+_Currency = Annotated[str, Field(max_length=3)]
+
+
+class PlannedStage(StatusModel):
+    """A stage's Job as a dry run would make it."""
+
+    name: _Word = Field(description="The stage.")
+    job_name: _Name | None = Field(
+        default=None,
+        description="Name of its first batch/v1 Job; absent where that depends on artifacts which do not exist yet.",
+    )
+    pods: int = Field(ge=1, description="Pods of the Job.")
+    instance_type: _Word | None = Field(
+        default=None, description="Instance type of its nodes; absent where any node will do."
+    )
+    requests: _Quantities = Field(default_factory=dict, description="Resources that one pod asks for, by name.")
+    limits: _Quantities = Field(default_factory=dict, description="Resources that one pod never exceeds, by name.")
+    image: Annotated[str, Field(max_length=512)] = Field(description="Image of the pods.")
+    queue: _Name | None = Field(default=None, description="LocalQueue that admits the Job; absent: none.")
+
+
+class MemoryParts(StatusModel):
+    """Memory of one device's share of the training, in GiB, by what it is for."""
+
+    weights: float = Field(ge=0, description="Weights, and the adapter's, in GiB.")
+    gradients: float = Field(ge=0, description="Gradients, in GiB.")
+    optimizer: float = Field(ge=0, description="Optimizer states, in GiB.")
+    activations: float = Field(ge=0, description="Activations kept for the backward pass, in GiB.")
+    logits: float = Field(ge=0, description="Logits and what the loss makes of them, in GiB.")
+
+
+class PlanEstimate(StatusModel):
+    """What the training will take, by arithmetic."""
+
+    memory_gib_per_device: float | None = Field(
+        default=None,
+        ge=0,
+        description="Memory of one training process, on a device of its own or a NeuronCore, in GiB; absent while the "
+        "model's sizes are not known.",
+    )
+    device_memory_gib: float | None = Field(
+        default=None, ge=0, description="Memory that one training process has there, in GiB, where it is known."
+    )
+    parts: MemoryParts | None = Field(default=None, description="memoryGibPerDevice by what it is for.")
+    train_hours: float | None = Field(
+        default=None, ge=0, description="Time of the train stage without waits and faults, in hours, where it is known."
+    )
+    assumptions: _Message = Field(default="", description="What the figures suppose, and why one is absent.")
+
+
+class PlanCost(StatusModel):
+    """What the training will cost."""
+
+    amount: float = Field(ge=0, description="Price of the train stage's nodes for trainHours.")
+    currency: _Currency = Field(description="Currency of amount, such as USD.")
+
+
+class PlanStatus(StatusModel):
+    """What spec.dryRun reports: the Jobs and figures of a job that was not started."""
+
+    message: _Message = Field(default="", description="What the job would do, and what would keep it from that.")
+    world_size: int = Field(ge=1, description="Training processes in all.")
+    data_parallel_size: int = Field(ge=1, description="Copies of the model that train side by side.")
+    global_batch_size: int = Field(ge=1, description="Rows of one step.")
+    trainable_parameters: int | None = Field(
+        default=None, ge=0, description="Parameters that training changes; absent while the model's sizes are unknown."
+    )
+    stages: Annotated[
+        tuple[PlannedStage, ...],
+        Field(
+            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+        ),
+    ] = Field(default=(), description="The stages that would run, in order.")
+    estimate: PlanEstimate | None = Field(default=None, description="What the training will take, by arithmetic.")
+    cost: PlanCost | None = Field(
+        default=None, description="What the training will cost, where prices are configured and its time is known."
+    )
+
+
 class Cost(StatusModel):
     """What the job took so far."""
 
     node_seconds: int | None = Field(
         default=None, ge=0, description="Time of all pods of all attempts together, in seconds."
     )
-    amount: float | None = Field(default=None, ge=0, description="Price of it, where prices are configured.")
-    currency: Annotated[str, Field(max_length=3)] | None = Field(
-        default=None, description="Currency of amount, such as USD."
+    amount: float | None = Field(
+        default=None,
+        ge=0,
+        description="Price of the time on accelerator nodes in it, where prices are configured.",
     )
+    currency: _Currency | None = Field(default=None, description="Currency of amount, such as USD.")
 
 
 class FineTuneJobStatus(StatusModel):
@@ -153,6 +269,10 @@ class FineTuneJobStatus(StatusModel):
 
     observed_generation: int | None = Field(
         default=None, ge=0, description="Generation of the spec that this status was derived from."
+    )
+    spec_digest: _Digest | None = Field(
+        default=None,
+        description="Digest of the spec that this status was derived from, ttlSecondsAfterFinished left out.",
     )
     conditions: Annotated[
         tuple[Condition, ...],
@@ -194,3 +314,4 @@ class FineTuneJobStatus(StatusModel):
     artifacts: Artifacts | None = Field(default=None, description="Where the results lie on the workspace volume.")
     trainable_parameters: int | None = Field(default=None, ge=0, description="Parameters that training changes.")
     cost: Cost | None = Field(default=None, description="What the job took so far.")
+    plan: PlanStatus | None = Field(default=None, description="What spec.dryRun reports; absent without it.")

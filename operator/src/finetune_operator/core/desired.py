@@ -2,13 +2,17 @@
 
 Called by reconcile.py, which does it in this order: records, deletions, manifests. Pure and deterministic; whatever is
 there already is not asked for again, so a settled job costs no write.
+
+An attempt that has to end while its Job runs gets its outcome and a deadline of one second in one patch: the Job
+controller then stops every pod with its grace period, and the Job stays as the attempt's memory. A Job that a queue has
+not let start yet has nothing to remember, and is deleted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from finetune_operator.api import constants
@@ -16,73 +20,141 @@ from finetune_operator.api.constants import Reason, StageState
 from finetune_operator.api.finetunejob import FineTuneJob
 from finetune_operator.api.status import MAX_ATTEMPTS
 from finetune_operator.core import names
-from finetune_operator.core.failure import derive_outcome
-from finetune_operator.core.inputs import Start
-from finetune_operator.core.observed import Attempt, Observed
-from finetune_operator.core.pods import CA_KEY, CONFIG_KEY, pod_template
+from finetune_operator.core.inputs import GANGS, Start
+from finetune_operator.core.nodes import find_fault
+from finetune_operator.core.observed import Attempt, Observed, Pod
+from finetune_operator.core.pods import Placement, pod_template
+from finetune_operator.core.preemptions import (
+    checkpoint_annotations,
+    find_preemption,
+    noted_preemptions,
+    preemption_annotations,
+    with_preemption,
+)
+from finetune_operator.core.queueing import queue_labels
 from finetune_operator.core.records import ANNOTATION_DEFAULT_IMAGE, Outcome, Result, outcome_annotations
 from finetune_operator.core.settings import Settings
 from finetune_operator.core.stages import Pipeline, StagePlan
 from finetune_trainer import contract
 
 JOB = "Job"
-CONFIG_MAP = "ConfigMap"
+POD = "Pod"
 SERVICE = "Service"
+STOP_SECONDS = 1
+"""Deadline that is put on a Job to end it: the least that the API takes."""
+FORCE_AFTER_SECONDS = 10
+"""A pod on a faulty node that is still there so long after its grace period is not waited for."""
 
 Manifest = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Record:
-    """Annotations to put on one child: how its attempt ended."""
+    """A merge patch of one child's annotations. `stop` ends a Job that runs; `outcome` is what is being recorded."""
 
     kind: str
     name: str
     annotations: Mapping[str, str]
+    stop: bool = False
+    outcome: Outcome | None = None
+    log_of: str | None = None
+    """Name of the pod whose last log lines belong to the outcome."""
 
 
 @dataclass(frozen=True)
 class Deletion:
-    """One child to delete; a Job's pods get their grace period."""
+    """One child to delete, with its own grace period unless `grace_seconds` says another; 0 waits for no node."""
 
     kind: str
     name: str
+    grace_seconds: int | None = None
 
 
 @dataclass(frozen=True)
 class Desired:
-    """What to do, in order. `manifests` of one attempt stand together, its Job last."""
+    """What to do, in order. `manifests` of one attempt stand together, its Job last.
+
+    `wake_at` is when a pod that is being stopped will have had its time.
+    """
 
     records: tuple[Record, ...] = ()
     deletions: tuple[Deletion, ...] = ()
     manifests: tuple[Manifest, ...] = ()
+    wake_at: datetime | None = None
 
 
 def desired_state(
     job: FineTuneJob, observed: Observed, pipeline: Pipeline, settings: Settings, now: datetime
 ) -> Desired:
     """The writes that bring the job's children from what is observed to what the pipeline says."""
+    forced, wake_at = _drained_pods(observed, pipeline, settings, now)
     return Desired(
-        records=tuple(_records(job, observed, pipeline, now)),
-        deletions=tuple(_deletions(job, observed, pipeline)),
-        manifests=tuple(manifest for stage in pipeline.stages for manifest in _manifests(job, stage, settings)),
+        records=(*_records(job, observed, pipeline, now), *_notes(observed, pipeline, now)),
+        deletions=(*_deletions(job, observed, pipeline), *forced),
+        manifests=tuple(
+            manifest for stage in pipeline.stages for manifest in _manifests(job, stage, pipeline, settings)
+        ),
+        wake_at=wake_at,
     )
 
 
 def _records(job: FineTuneJob, observed: Observed, pipeline: Pipeline, now: datetime) -> Iterator[Record]:
     for attempt in observed.attempts:
-        if attempt.job is None or attempt.recorded is not None or _is_unwanted(attempt, pipeline):
+        stage_job = attempt.job
+        if stage_job is None or attempt.recorded is not None or _is_unwanted(attempt, pipeline):
             continue
-        outcome = derive_outcome(attempt)
+        outcome = pipeline.outcome_of(attempt)
         if outcome is not None:
             ended = replace(outcome, finished_at=outcome.finished_at or now, generation=job.generation)
-            yield Record(JOB, attempt.job.name, outcome_annotations(ended))
-        elif job.spec.suspend and attempt.config_map and not attempt.job.deleting:
-            # The Job goes with the suspension; its ConfigMap stays and remembers that this attempt was one.
-            begun = attempt.job.created_at if any(pod.running or pod.has_ended for pod in attempt.pods) else None
-            words = "Stopped by spec.suspend."
-            stopped = Outcome(Result.SUSPENDED, Reason.SUSPENDED, words, started_at=begun, finished_at=now)
-            yield Record(CONFIG_MAP, attempt.name, outcome_annotations(stopped))
+            stop = outcome.result is not Result.SUCCEEDED and not stage_job.is_over
+            log_of = outcome.pod if outcome.result is not Result.SUCCEEDED else None
+            yield Record(JOB, stage_job.name, outcome_annotations(ended), stop, ended, log_of)
+        elif not stage_job.deleting and not _never_started(attempt):
+            stopped = _stopped(job, pipeline)
+            if stopped is not None:
+                begun = stage_job.created_at if any(pod.running or pod.has_ended for pod in attempt.pods) else None
+                ended = replace(stopped, started_at=begun, finished_at=now)
+                yield Record(JOB, stage_job.name, outcome_annotations(ended), True, ended)
+
+
+def _stopped(job: FineTuneJob, pipeline: Pipeline) -> Outcome | None:
+    """The outcome of an attempt that is ended although nothing is wrong with it, or None while it may go on."""
+    if job.spec.suspend:
+        return Outcome(Result.SUSPENDED, Reason.SUSPENDED, "Stopped by spec.suspend.")
+    if pipeline.deadline_passed:
+        return Outcome(Result.SUSPENDED, Reason.DEADLINE_EXCEEDED, "Stopped by spec.activeDeadlineSeconds.")
+    if pipeline.reservation_lost:
+        return Outcome(Result.RETRY, Reason.PREEMPTED, pipeline.reservation_lost)
+    return None
+
+
+def _never_started(attempt: Attempt) -> bool:
+    """True for a Job that a queue holds back and of which no pod is left."""
+    return attempt.job is not None and attempt.job.suspended and not attempt.live_pods
+
+
+def _notes(observed: Observed, pipeline: Pipeline, now: datetime) -> Iterator[Record]:
+    """What is kept on the Job of the attempt under way beside its outcome: preemptions, the newest checkpoint."""
+    current = pipeline.current
+    latest = current.latest if current is not None else None
+    if latest is None or latest.job is None or latest.job.deleting or pipeline.outcome_of(latest) is not None:
+        return
+    stage_job, progress, annotations = latest.job, pipeline.progress, dict[str, str]()
+    noted = noted_preemptions(stage_job.annotations)
+    preemption = find_preemption(
+        observed.workloads.get(stage_job.uid), noted, step=progress.step if progress is not None else None
+    )
+    if preemption is not None:
+        annotations.update(preemption_annotations(with_preemption(noted, preemption)))
+    if progress is not None and progress.checkpoint_step is not None:
+        newest = checkpoint_annotations(
+            stage_job.annotations, progress.checkpoint_step, progress.checkpoint_time or now, now
+        )
+        annotations.update(newest)
+        if newest:
+            yield from (Record(POD, pod.name, newest) for pod in latest.live_pods)
+    if annotations:
+        yield Record(JOB, stage_job.name, annotations)
 
 
 def _deletions(job: FineTuneJob, observed: Observed, pipeline: Pipeline) -> Iterator[Deletion]:
@@ -90,11 +162,51 @@ def _deletions(job: FineTuneJob, observed: Observed, pipeline: Pipeline) -> Iter
         if _is_unwanted(attempt, pipeline) or _is_long_past(attempt, pipeline):
             yield from _whole(attempt)
             continue
-        outcome = derive_outcome(attempt)
-        if attempt.job is not None and not attempt.job.deleting:
-            stopped = outcome is not None and outcome.result is Result.SUSPENDED
-            if stopped or (outcome is None and (job.spec.suspend or pipeline.deadline_passed)):
-                yield Deletion(JOB, attempt.job.name)
+        stage_job = attempt.job
+        if stage_job is None or stage_job.deleting or not _never_started(attempt) or stage_job.is_over:
+            continue
+        ended = attempt.recorded is not None and attempt.recorded.result is not Result.SUCCEEDED
+        if ended or _stopped(job, pipeline) is not None:
+            yield Deletion(JOB, stage_job.name)
+
+
+def _drained_pods(
+    observed: Observed, pipeline: Pipeline, settings: Settings, now: datetime
+) -> tuple[tuple[Deletion, ...], datetime | None]:
+    """Pods of attempts that ended by a node's fault or a hang: they get a short grace period, or none on a dead node.
+
+    Also when the next such pod will have had its time.
+    """
+    deletions: list[Deletion] = []
+    moments: list[datetime] = []
+    for attempt in observed.attempts:
+        outcome = pipeline.outcome_of(attempt)
+        if outcome is None or outcome.reason not in _DRAINED:
+            continue
+        for pod in attempt.live_pods:
+            if _is_on_dead_node(pod, observed):
+                deletions.append(Deletion(POD, pod.name, 0))
+                continue
+            if pod.deletion_requested_at is None:
+                deletions.append(Deletion(POD, pod.name, int(settings.nodes.drain_seconds)))
+            due = (pod.deletion_requested_at or now) + timedelta(
+                seconds=settings.nodes.drain_seconds + FORCE_AFTER_SECONDS
+            )
+            if now >= due:
+                deletions.append(Deletion(POD, pod.name, 0))
+            else:
+                moments.append(due)
+    return tuple(deletions), min(moments, default=None)
+
+
+_DRAINED = frozenset({Reason.NODE_FAULT, Reason.NODE_LOST, Reason.HANGING})
+
+
+def _is_on_dead_node(pod: Pod, observed: Observed) -> bool:
+    if pod.node is None:
+        return False
+    fault = find_fault(observed.nodes.get(pod.node), deleted=pod.node in observed.deleted_nodes)
+    return fault is not None and fault.is_dead
 
 
 def _plan_of(attempt: Attempt, pipeline: Pipeline) -> StagePlan | None:
@@ -129,22 +241,17 @@ def _whole(attempt: Attempt) -> Iterator[Deletion]:
         yield Deletion(JOB, attempt.job.name)
     if attempt.service:
         yield Deletion(SERVICE, attempt.name)
-    # A ConfigMap goes last: pods that are being stopped still have it mounted, and by it the attempt is known.
-    if attempt.config_map and attempt.job is None and not attempt.live_pods:
-        yield Deletion(CONFIG_MAP, attempt.name)
 
 
-def _manifests(job: FineTuneJob, stage: StagePlan, settings: Settings) -> Iterator[Manifest]:
+def _manifests(job: FineTuneJob, stage: StagePlan, pipeline: Pipeline, settings: Settings) -> Iterator[Manifest]:
     start = stage.start
     if start is None:
         return
     there = next((attempt for attempt in stage.attempts if attempt.number == start.number), None)
-    if there is None or not there.config_map:
-        yield config_map(job, start, settings)
     if start.completions > 1 and (there is None or not there.service):
         yield service(job, start)
     if there is None or there.job is None:
-        yield stage_job(job, start, settings)
+        yield stage_job(job, start, settings, pipeline.placement)
 
 
 def _metadata(job: FineTuneJob, start: Start, annotations: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -170,16 +277,6 @@ def _labels(job: FineTuneJob, start: Start) -> dict[str, str]:
     return names.attempt_labels(job.name, job.uid, start.config.stage, start.digest, start.number)
 
 
-def config_map(job: FineTuneJob, start: Start, settings: Settings) -> Manifest:
-    """The immutable ConfigMap with the attempt's stage.json, and the progress endpoint's CA where there is one."""
-    data = {CONFIG_KEY: contract.canonical_json(start.config.as_json()).decode()}
-    if settings.progress is not None:
-        data[CA_KEY] = settings.progress.ca_certificate
-    # A suspended attempt's Job goes and its ConfigMap stays, so that one says the default image too.
-    metadata = _metadata(job, start, {ANNOTATION_DEFAULT_IMAGE: start.default_image})
-    return {"apiVersion": "v1", "kind": CONFIG_MAP, "metadata": metadata, "immutable": True, "data": data}
-
-
 def service(job: FineTuneJob, start: Start) -> Manifest:
     """The headless Service by which the pods of a distributed stage find rank 0."""
     return {
@@ -196,10 +293,18 @@ def service(job: FineTuneJob, start: Start) -> Manifest:
     }
 
 
-def stage_job(job: FineTuneJob, start: Start, settings: Settings) -> Manifest:
-    """The batch/v1 Job of the attempt. It never retries by itself: attempts are the operator's."""
+def stage_job(job: FineTuneJob, start: Start, settings: Settings, placement: Placement) -> Manifest:
+    """The batch/v1 Job of the attempt. It never retries by itself: attempts are the operator's.
+
+    A queued Job is made suspended. Kueue's webhook would see to that too, but a Job must not slip past the queue in a
+    cluster where Kueue is being installed or has been removed.
+    """
+    stage = start.config.stage
+    queued = queue_labels(job.spec.queue)
     metadata = _metadata(job, start, {ANNOTATION_DEFAULT_IMAGE: start.default_image})
-    indexed = start.config.stage == contract.TRAIN
+    metadata["labels"] = {**metadata["labels"], **queued}
+    labels = {**_labels(job, start), **queued}
+    deadline = job.spec.stages.of(stage).active_deadline_seconds
     return {
         "apiVersion": "batch/v1",
         "kind": JOB,
@@ -207,9 +312,11 @@ def stage_job(job: FineTuneJob, start: Start, settings: Settings) -> Manifest:
         "spec": {
             "backoffLimit": 0,
             "podReplacementPolicy": "Failed",
-            "completionMode": "Indexed" if indexed else "NonIndexed",
+            "completionMode": "Indexed" if stage in GANGS else "NonIndexed",
             "completions": start.completions,
             "parallelism": start.completions,
-            "template": pod_template(job, start, settings, _labels(job, start)),
+            **({"activeDeadlineSeconds": deadline} if deadline is not None else {}),
+            **({"suspend": True} if queued else {}),
+            "template": pod_template(job, start, settings, labels, placement),
         },
     }

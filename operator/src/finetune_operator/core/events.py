@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from finetune_operator.api.conditions import find_condition, is_true
-from finetune_operator.api.constants import ConditionType, EventReason, StageState
-from finetune_operator.api.status import FineTuneJobStatus, StageStatus
+from finetune_operator.api.constants import ConditionType, EventReason, Reason, StageState
+from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus, StageStatus
 
 MESSAGE_MAX_BYTES = 1024
 """Longest note that the API server takes: it counts bytes of UTF-8."""
@@ -37,17 +37,26 @@ def _cut(message: str) -> str:
     return message.encode()[:MESSAGE_MAX_BYTES].decode(errors="ignore")
 
 
+_KINDS = {
+    Reason.NODE_FAULT: EventReason.NODE_FAULT_DETECTED,
+    Reason.NODE_LOST: EventReason.NODE_FAULT_DETECTED,
+    Reason.HANGING: EventReason.HANG_DETECTED,
+    Reason.PREEMPTED: EventReason.PREEMPTED,
+}
+"""The event of an attempt's end, by its reason; any other is StageFailed."""
+
+
 def _events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Iterator[Event]:
     if _turned(before, after, ConditionType.VALIDATED, "False"):
         yield Event(EventReason.VALIDATION_FAILED, after.message or "", warning=True)
     known = {stage.name: stage for stage in before.stages}
-    seen = {(attempt.stage, attempt.attempt, attempt.job_name) for attempt in before.attempts}
     for attempt in after.attempts:
-        if (attempt.stage, attempt.attempt, attempt.job_name) not in seen:
-            words = f"{attempt.stage}, attempt {attempt.attempt} ({attempt.reason}): {attempt.message}"
-            yield Event(EventReason.STAGE_FAILED, words, warning=True)
+        yield from _attempt_events(next((each for each in before.attempts if _is_same(each, attempt)), None), attempt)
+    handed_over = any(
+        stage.state in _DONE and stage.name in known and known[stage.name].state not in _DONE for stage in after.stages
+    )
     for stage in after.stages:
-        yield from _stage_events(known.get(stage.name), stage)
+        yield from _stage_events(known.get(stage.name), stage, handed_over=handed_over)
     if _turned(before, after, ConditionType.SUSPENDED, "True"):
         yield Event(EventReason.SUSPENDED, "No pod of the job is left.")
     if is_true(before.conditions, ConditionType.SUSPENDED) and not is_true(after.conditions, ConditionType.SUSPENDED):
@@ -58,23 +67,48 @@ def _events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Iterator[Eve
         yield Event(EventReason.FAILED, f"{after.reason}: {after.message}", warning=True)
 
 
-def _stage_events(before: StageStatus | None, after: StageStatus) -> Iterator[Event]:
+_DONE = (StageState.SUCCEEDED, StageState.REUSED)
+
+
+def _is_same(one: AttemptStatus, other: AttemptStatus) -> bool:
+    """True for one end of one attempt, which may have several: a preempted Job goes on under its number."""
+    return (one.stage, one.attempt, one.job_name, one.reason, one.end_time) == (
+        other.stage,
+        other.attempt,
+        other.job_name,
+        other.reason,
+        other.end_time,
+    )
+
+
+def _attempt_events(before: AttemptStatus | None, after: AttemptStatus) -> Iterator[Event]:
+    what = f"{after.stage}, attempt {after.attempt}"
+    lost = "" if after.lost_steps is None else f", {after.lost_steps} steps lost"
+    if before is None:
+        kind = next((event for reason, event in _KINDS.items() if reason == after.reason), EventReason.STAGE_FAILED)
+        yield Event(kind, f"{what} ({after.reason}){lost}: {after.message}", warning=True)
+    if after.recovery_seconds is not None and (before is None or before.recovery_seconds is None):
+        words = f"{what} ({after.reason}): the stage runs again after {after.recovery_seconds} s{lost}."
+        yield Event(EventReason.ATTEMPT_RESTARTED, words)
+
+
+def _stage_events(before: StageStatus | None, after: StageStatus, *, handed_over: bool) -> Iterator[Event]:
+    """`handed_over`: another stage ended in the same write, whose own event says that the next one begins."""
     state, attempt = (before.state, before.attempt) if before is not None else (str(StageState.WAITING), 0)
     same_inputs = before is not None and before.input_digest == after.input_digest
-    begun = after.attempt > 0 and after.state not in (StageState.WAITING, StageState.SKIPPED, StageState.SUSPENDED)
-    if begun and (not same_inputs or after.attempt > attempt) and after.state != StageState.RETRYING:
-        if after.attempt > 1:
-            yield Event(EventReason.ATTEMPT_RESTARTED, f"{after.name}, attempt {after.attempt}: {after.message or ''}")
-        else:
-            yield Event(EventReason.STAGE_STARTED, f"{after.name}: Job {after.job_name}")
+    if after.state == StageState.QUEUED and (state != after.state or not same_inputs):
+        yield Event(EventReason.QUEUED, f"{after.name}: {after.message or ''}")
+    if state == StageState.QUEUED and after.state in _BEGUN and same_inputs:
+        yield Event(EventReason.ADMITTED, f"{after.name}: Job {after.job_name}")
+    begun = after.attempt > attempt or not same_inputs
+    if after.state in _BEGUN and begun and after.attempt == 1 and not handed_over:
+        yield Event(EventReason.STAGE_STARTED, f"{after.name}: Job {after.job_name}")
     if after.state == state and same_inputs:
         return
-    if after.state == StageState.SUCCEEDED:
+    if after.state in _DONE:
+        kind = EventReason.STAGE_SUCCEEDED if after.state == StageState.SUCCEEDED else EventReason.STAGE_REUSED
         path = after.artifact.path if after.artifact is not None else ""
-        yield Event(EventReason.STAGE_SUCCEEDED, f"{after.name}: {path}")
-    elif after.state == StageState.REUSED:
-        path = after.artifact.path if after.artifact is not None else ""
-        yield Event(EventReason.STAGE_REUSED, f"{after.name}: {path} was there already")
+        yield Event(kind, f"{after.name}: {path}" + (" was there already" if kind == EventReason.STAGE_REUSED else ""))
 
 
 def _turned(before: FineTuneJobStatus, after: FineTuneJobStatus, kind: ConditionType, value: str) -> bool:

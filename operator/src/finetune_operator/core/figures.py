@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_operator.api.status import (
     Artifact,
@@ -19,10 +19,13 @@ from finetune_operator.api.status import (
     PromptAnswers,
     TrainingStatus,
 )
-from finetune_operator.core.stages import Pipeline
+from finetune_operator.core.measures import derive_goodput
 from finetune_operator.core.times import UTC
 from finetune_trainer import contract
 from finetune_trainer.contract import ArtifactRef
+
+if TYPE_CHECKING:
+    from finetune_operator.core.stages import Pipeline
 
 MAX_ANSWER_LENGTH = 1024
 
@@ -40,6 +43,12 @@ class Progress:
     checkpoint_step: int | None = None
     checkpoint_time: datetime | None = None
     seconds_left: float | None = None
+    digest: str = ""
+    """Label of the stage's digest on the pod that posts, "" where that is not known."""
+    advanced_at: datetime | None = None
+    """When what it posts last changed: a step, a checkpoint, a phase."""
+    phase: str = ""
+    """What it does between steps (loading, saving ...), "" while it trains."""
 
 
 def whole_second(moment: datetime) -> datetime:
@@ -96,6 +105,7 @@ def derive_training(
             loss=_rounded(metrics.get("loss")),
             tokens_per_second=_rounded(metrics.get("tokensPerSecond")),
             last_checkpoint=None if step is None else _checkpoint(step, train.success.finished_at, before),
+            goodput=derive_goodput(train),
         )
     if progress is not None and progress.stage == contract.TRAIN:
         step = progress.checkpoint_step

@@ -21,7 +21,10 @@ from finetune_trainer.contract import ArtifactRef, StageConfig
 
 @dataclass(frozen=True)
 class Start:
-    """An attempt that has to exist now. `config` is its stage.json, `completions` the number of its pods."""
+    """An attempt that has to exist now. `config` is its stage.json, `completions` the number of its pods.
+
+    `device_resource` is the name under which the cluster offers the accelerator's devices, None where it has none.
+    """
 
     name: str
     number: int
@@ -29,32 +32,48 @@ class Start:
     digest: str
     completions: int
     default_image: str
+    device_resource: str | None = None
+
+
+GANGS = frozenset({contract.COMPILE, contract.TRAIN})
+"""Stages that run on the accelerator's nodes, one pod a node. The others are one pod on CPUs."""
 
 
 def stage_names(job: FineTuneJob) -> tuple[str, ...]:
     """The stages shown for a job, in order; those that its spec switches off are among them, as skipped."""
-    names = [contract.PREPARE, contract.TRAIN, contract.CONSOLIDATE, contract.MERGE, contract.EVALUATE]
-    return tuple(stage for stage in contract.STAGES if stage in names)
+    left_out = set()
+    if job.spec.accelerator.type != "neuron":
+        left_out.add(contract.COMPILE)
+    if job.spec.publish is None:
+        left_out.add(contract.PUBLISH)
+    return tuple(stage for stage in contract.STAGES if stage not in left_out)
 
 
 def is_skipped(job: FineTuneJob, stage: str) -> bool:
     """True when the spec does not ask for the stage."""
+    if stage == contract.COMPILE:
+        return job.spec.compile is not None and not job.spec.compile.enabled
     if stage == contract.MERGE:
         return not job.spec.merge.enabled or job.spec.method.type == "full"
     return stage == contract.EVALUATE and not job.spec.evaluate.enabled
 
 
-def job_parallelism(job: FineTuneJob) -> Parallelism:
+def job_parallelism(job: FineTuneJob, settings: Settings) -> Parallelism:
     """How the job's training is spread; ParallelismError when the sizes do not divide."""
     spec = job.spec
     return derive_parallelism(
         num_nodes=spec.accelerator.nodes,
-        procs_per_node=accelerators.of(job).procs_per_node,
+        procs_per_node=accelerators.of(job, settings.instance_types).procs_per_node,
         tp_size=spec.parallelism.tensor_parallel_size,
         pp_size=spec.parallelism.pipeline_parallel_size,
         micro_batch_size=spec.training.micro_batch_size,
         gradient_accumulation_steps=spec.training.gradient_accumulation_steps,
     )
+
+
+def stage_completions(job: FineTuneJob, stage: str) -> int:
+    """Number of pods of a stage's attempt."""
+    return job.spec.accelerator.nodes if stage in GANGS else 1
 
 
 def stage_spec(job: FineTuneJob, stage: str) -> dict[str, Any]:
@@ -63,36 +82,41 @@ def stage_spec(job: FineTuneJob, stage: str) -> dict[str, Any]:
     if stage == contract.PREPARE:
         length = {key: spec["training"][key] for key in ("maxSteps", "epochs", "seed") if key in spec["training"]}
         return {"model": spec["model"], "dataset": spec["dataset"], "training": length}
-    if stage == contract.TRAIN:
+    if stage in GANGS:
         return {"method": spec["method"], "training": spec["training"]}
     if stage == contract.CONSOLIDATE:
         return {"method": spec["method"]}
     if stage == contract.MERGE:
         return {"method": spec["method"], "merge": spec["merge"]}
     if stage == contract.EVALUATE:
-        return {"evaluate": spec["evaluate"]}
+        # The gate is judged by the operator from the report: another threshold measures nothing anew.
+        return {"evaluate": {key: value for key, value in spec["evaluate"].items() if key != "gate"}}
+    if stage == contract.PUBLISH:
+        return {"publish": spec["publish"]}
     raise KeyError(stage)
 
 
 _INPUTS: Mapping[str, Sequence[str]] = {
     contract.PREPARE: (),
+    contract.COMPILE: (contract.MODEL_INPUT, contract.PREPARE),
     contract.TRAIN: (contract.MODEL_INPUT, contract.PREPARE),
     contract.CONSOLIDATE: (contract.MODEL_INPUT, contract.TRAIN),
     contract.MERGE: (contract.MODEL_INPUT, contract.CONSOLIDATE),
     contract.EVALUATE: (contract.MODEL_INPUT, contract.PREPARE, contract.CONSOLIDATE, contract.MERGE),
+    contract.PUBLISH: (contract.CONSOLIDATE, contract.MERGE, contract.EVALUATE),
 }
-"""Artifacts that a stage reads. evaluate reads merge's only where merge ran."""
+"""Artifacts that a stage reads, each where it is there: evaluate reads merge's only where merge ran."""
 
 
 def stage_config(
-    job: FineTuneJob, stage: str, artifacts: Mapping[str, ArtifactRef], image: str
+    job: FineTuneJob, stage: str, artifacts: Mapping[str, ArtifactRef], image: str, settings: Settings
 ) -> tuple[StageConfig, str]:
     """stage.json without its volatile fields, and its digest."""
     parallelism: Mapping[str, int] = {}
     if stage == contract.PREPARE:
-        parallelism = {"globalBatchSize": job_parallelism(job).global_batch_size}
-    elif stage == contract.TRAIN:
-        parallelism = job_parallelism(job).as_json()
+        parallelism = {"globalBatchSize": job_parallelism(job, settings).global_batch_size}
+    elif stage in GANGS:
+        parallelism = job_parallelism(job, settings).as_json()
     inputs = {name: artifacts[name] for name in _INPUTS[stage] if name in artifacts}
     config = StageConfig(
         stage=stage, image=image, spec=stage_spec(job, stage), output="", inputs=inputs, parallelism=parallelism
@@ -101,11 +125,18 @@ def stage_config(
 
 
 def start_attempt(
-    job: FineTuneJob, stage: str, number: int, config: StageConfig, digest: str, default_image: str, settings: Settings
+    job: FineTuneJob,
+    stage: str,
+    number: int,
+    config: StageConfig,
+    digest: str,
+    default_image: str,
+    settings: Settings,
+    device_resource: str | None = None,
 ) -> Start:
     """The attempt with its volatile fields filled in."""
     name = child_name(job.name, stage, digest, number)
-    completions = job_parallelism(job).num_nodes if stage == contract.TRAIN else 1
+    completions = stage_completions(job, stage)
     secrets = {}
     if stage == contract.PREPARE:
         secrets = {key: f"{contract.SECRETS_PATH}/{key}" for key in secret_references(job)}
@@ -131,7 +162,13 @@ def start_attempt(
         progress=progress,
     )
     return Start(
-        name=name, number=number, config=whole, digest=digest, completions=completions, default_image=default_image
+        name=name,
+        number=number,
+        config=whole,
+        digest=digest,
+        completions=completions,
+        default_image=default_image,
+        device_resource=device_resource if stage in GANGS else None,
     )
 
 

@@ -1,7 +1,8 @@
 """Observed: a frozen snapshot of one FineTuneJob's children, parsed from what the API server returned.
 
-kube/observe.py reads the raw objects, parse_observed turns them into this. stages.py, desired.py and status.py decide
-from it alone. Everything is grouped by attempt: one (stage, digest, number) with its Job, ConfigMap, Service and pods.
+core/cache.py parses each object once, when a watch delivers it, and hands out an Observed for each reconcile.
+stages.py, desired.py and status.py decide from it alone. Everything is grouped by attempt: one (stage, digest, number)
+with its Job, Service and pods.
 """
 
 from __future__ import annotations
@@ -9,14 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_operator.api import constants
-from finetune_operator.core.records import ANNOTATION_DEFAULT_IMAGE, Outcome, find_outcome
+from finetune_operator.core.records import ANNOTATION_DEFAULT_IMAGE, ANNOTATION_OUTCOME, Outcome, find_outcome
 from finetune_operator.core.times import parse_time
+
+if TYPE_CHECKING:
+    from finetune_operator.core.nodes import NodeState
+    from finetune_operator.core.queueing import Workload
 
 Raw = Mapping[str, Any]
 """One object as the API server's JSON."""
+
+AttemptKey = tuple[str, str, int]
+"""Stage, the 16 hexadecimal digits of its digest's label, number of the attempt."""
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 
@@ -42,7 +50,10 @@ class Note:
 
 @dataclass(frozen=True)
 class Pod:
-    """One pod of a stage. `deletion_requested_at` is when somebody asked for its deletion, before its grace period."""
+    """One pod of a stage. `deletion_requested_at` is when somebody asked for its deletion, before its grace period.
+
+    `started_at` is when the stage's container began to run.
+    """
 
     name: str
     index: int
@@ -55,6 +66,9 @@ class Pod:
     waiting: Note | None = None
     running: bool = False
     terminated: Terminated | None = None
+    uid: str = ""
+    started_at: datetime | None = None
+    created_at: datetime | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -72,7 +86,10 @@ class Pod:
 
 @dataclass(frozen=True)
 class StageJob:
-    """The batch/v1 Job of one attempt. `completions` is the number of pods it runs."""
+    """The batch/v1 Job of one attempt. `completions` is the number of pods it runs.
+
+    `suspended` is spec.suspend: a queued Job that waits for Kueue, or one that Kueue took its quota from.
+    """
 
     name: str
     completions: int = 1
@@ -80,13 +97,27 @@ class StageJob:
     deleting: bool = False
     failed: Note | None = None
     complete: bool = False
+    uid: str = ""
+    suspended: bool = False
+    started_at: datetime | None = None
+    recorded: Outcome | None = None
+    default_image: str = ""
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    """The operator's own annotations that are not parsed here: preemptions, checkpoint."""
+    queued: bool = False
+    """True when the Job carries a queue's label."""
+
+    @property
+    def is_over(self) -> bool:
+        """True when the Job controller has ended it, or is about to."""
+        return self.complete or self.failed is not None
 
 
 @dataclass(frozen=True)
 class Attempt:
     """All that exists of one attempt of one stage. `digest` is the 16 hexadecimal digits of the label.
 
-    `default_image` is the operator's default when the attempt was made, "" where neither Job nor ConfigMap says it.
+    `default_image` is the operator's default when the attempt was made, "" where its Job is gone.
     """
 
     stage: str
@@ -94,14 +125,13 @@ class Attempt:
     number: int
     name: str = ""
     job: StageJob | None = None
-    config_map: bool = False
     service: bool = False
     pods: tuple[Pod, ...] = ()
     recorded: Outcome | None = None
     default_image: str = ""
 
     @property
-    def key(self) -> tuple[str, str, int]:
+    def key(self) -> AttemptKey:
         return (self.stage, self.digest, self.number)
 
     @property
@@ -112,22 +142,32 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Claim:
-    """The workspace's PersistentVolumeClaim; `phase` is None when it does not exist."""
+    """The workspace's PersistentVolumeClaim. `phase` is None when it does not exist."""
 
     name: str
     phase: str | None
+    access_modes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Everything of one FineTuneJob that exists now. `secrets` maps a Secret's name to its keys, or None if missing."""
+    """One job's children, and what its pods would mount as far as it was looked up.
+
+    `nodes` are those of the cluster by name (empty where nodes are not watched), `deleted_nodes` the names of those
+    that went away while the operator watched, `workloads` Kueue's by the uid of their owner.
+    """
 
     attempts: tuple[Attempt, ...] = ()
     claim: Claim | None = None
     secrets: Mapping[str, frozenset[str] | None] = field(default_factory=dict)
+    """Keys of each Secret that was looked up, None for one that does not exist."""
+    nodes: Mapping[str, NodeState] = field(default_factory=dict)
+    deleted_nodes: frozenset[str] = frozenset()
+    workloads: Mapping[str, Workload] = field(default_factory=dict)
+    kueue_installed: bool = False
 
     def of_stage(self, stage: str) -> tuple[Attempt, ...]:
-        """The attempts of a stage, of whatever digest, by number."""
+        """Every attempt of a stage, of whatever digest."""
         return tuple(attempt for attempt in self.attempts if attempt.stage == stage)
 
     def of_digest(self, stage: str, digest: str) -> tuple[Attempt, ...]:
@@ -138,58 +178,85 @@ class Observed:
         """True while any pod of the job may run, of whatever stage or attempt."""
         return any(attempt.live_pods for attempt in self.attempts)
 
+    def is_behind(self) -> bool:
+        """True when a Job's end is known and its pods' end is not: two watches race, so the pods have to be read."""
+        for attempt in self.attempts:
+            job = attempt.job
+            if job is None or job.deleting or attempt.recorded is not None or not job.is_over:
+                continue
+            if any(pod.has_failed for pod in attempt.pods):
+                continue
+            if len({pod.index for pod in attempt.pods if pod.has_succeeded}) < job.completions:
+                return True
+        return False
+
+
+def find_attempt_key(raw: Raw) -> AttemptKey | None:
+    """Stage, digest and number from an object's labels; None for an object that is no child of ours."""
+    labels = raw["metadata"].get("labels") or {}
+    stage, digest = labels.get(constants.LABEL_STAGE), labels.get(constants.LABEL_STAGE_DIGEST)
+    number = labels.get(constants.LABEL_ATTEMPT, "")
+    if not stage or not digest or not number.isdigit():
+        return None
+    return (stage, digest, int(number))
+
+
+def group_attempts(
+    jobs: Iterable[tuple[AttemptKey, StageJob]],
+    pods: Iterable[tuple[AttemptKey, Pod]],
+    services: Iterable[tuple[AttemptKey, str]] = (),
+) -> tuple[Attempt, ...]:
+    """The attempts that these parsed children make up, in the order of their keys."""
+    found: dict[AttemptKey, Attempt] = {}
+
+    def at(key: AttemptKey) -> Attempt:
+        return found.get(key) or Attempt(*key)
+
+    for key, name in services:
+        found[key] = replace(at(key), name=name, service=True)
+    for key, job in jobs:
+        found[key] = replace(at(key), name=job.name, job=job, recorded=job.recorded, default_image=job.default_image)
+    of_attempt: dict[AttemptKey, list[Pod]] = {}
+    for key, pod in pods:
+        of_attempt.setdefault(key, []).append(pod)
+    for key, members in of_attempt.items():
+        found[key] = replace(at(key), pods=tuple(sorted(members, key=lambda pod: (pod.index, pod.name))))
+    return tuple(found[key] for key in sorted(found))
+
 
 def parse_observed(
     *,
     jobs: Iterable[Raw] = (),
-    config_maps: Iterable[Raw] = (),
     services: Iterable[Raw] = (),
     pods: Iterable[Raw] = (),
     claim: Claim | None = None,
     secrets: Mapping[str, frozenset[str] | None] | None = None,
+    nodes: Mapping[str, NodeState] | None = None,
+    deleted_nodes: frozenset[str] = frozenset(),
+    workloads: Mapping[str, Workload] | None = None,
+    kueue_installed: bool = False,
 ) -> Observed:
     """Observed from lists that were selected by the job's uid. Objects without our labels are left out."""
-    found: dict[tuple[str, str, int], Attempt] = {}
 
-    def at(raw: Raw) -> Attempt | None:
-        labels = raw["metadata"].get("labels") or {}
-        stage, digest = labels.get(constants.LABEL_STAGE), labels.get(constants.LABEL_STAGE_DIGEST)
-        number = labels.get(constants.LABEL_ATTEMPT, "")
-        if not stage or not digest or not number.isdigit():
-            return None
-        key = (stage, digest, int(number))
-        return found.get(key) or Attempt(*key)
+    def keyed(raws: Iterable[Raw]) -> Iterable[tuple[AttemptKey, Raw]]:
+        for raw in raws:
+            key = find_attempt_key(raw)
+            if key is not None:
+                yield key, raw
 
-    def keep(attempt: Attempt) -> None:
-        found[attempt.key] = attempt
-
-    for raw in config_maps:
-        attempt = at(raw)
-        if attempt is not None:
-            name, annotations = raw["metadata"]["name"], raw["metadata"].get("annotations") or {}
-            default, recorded = annotations.get(ANNOTATION_DEFAULT_IMAGE, ""), find_outcome(annotations)
-            keep(replace(attempt, name=name, config_map=True, recorded=recorded, default_image=default))
-    for raw in services:
-        attempt = at(raw)
-        if attempt is not None:
-            keep(replace(attempt, name=raw["metadata"]["name"], service=True))
-    for raw in jobs:
-        attempt = at(raw)
-        if attempt is not None:
-            name, annotations = raw["metadata"]["name"], raw["metadata"].get("annotations") or {}
-            default = annotations.get(ANNOTATION_DEFAULT_IMAGE) or attempt.default_image
-            recorded = find_outcome(annotations) or attempt.recorded
-            keep(replace(attempt, name=name, job=_parse_job(raw), recorded=recorded, default_image=default))
-    for raw in pods:
-        attempt = at(raw)
-        if attempt is not None:
-            keep(replace(attempt, pods=(*attempt.pods, _parse_pod(raw))))
-    ordered = [
-        replace(attempt, pods=tuple(sorted(attempt.pods, key=lambda pod: (pod.index, pod.name))))
-        for attempt in found.values()
-    ]
-    ordered.sort(key=lambda attempt: attempt.key)
-    return Observed(attempts=tuple(ordered), claim=claim, secrets=dict(secrets or {}))
+    return Observed(
+        attempts=group_attempts(
+            [(key, parse_stage_job(raw)) for key, raw in keyed(jobs)],
+            [(key, parse_pod(raw)) for key, raw in keyed(pods)],
+            [(key, raw["metadata"]["name"]) for key, raw in keyed(services)],
+        ),
+        claim=claim,
+        secrets=dict(secrets or {}),
+        nodes=dict(nodes or {}),
+        deleted_nodes=deleted_nodes,
+        workloads=dict(workloads or {}),
+        kueue_installed=kueue_installed,
+    )
 
 
 def _conditions(raw: Raw) -> Iterable[Raw]:
@@ -197,8 +264,13 @@ def _conditions(raw: Raw) -> Iterable[Raw]:
     return conditions
 
 
-def _parse_job(raw: Raw) -> StageJob:
-    metadata, spec = raw["metadata"], raw.get("spec") or {}
+_PARSED_ANNOTATIONS = frozenset({ANNOTATION_DEFAULT_IMAGE, ANNOTATION_OUTCOME, constants.ANNOTATION_REPORT})
+
+
+def parse_stage_job(raw: Raw) -> StageJob:
+    """The StageJob of a batch/v1 Job with our labels."""
+    metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
+    annotations = metadata.get("annotations") or {}
     failed = None
     complete = False
     for condition in _conditions(raw):
@@ -206,7 +278,7 @@ def _parse_job(raw: Raw) -> StageJob:
             continue
         if condition["type"] in ("Failed", "FailureTarget"):
             failed = Note(condition.get("reason") or "", condition.get("message") or "")
-        elif condition["type"] == "Complete":
+        elif condition["type"] in ("Complete", "SuccessCriteriaMet"):
             complete = True
     return StageJob(
         name=metadata["name"],
@@ -215,10 +287,22 @@ def _parse_job(raw: Raw) -> StageJob:
         deleting=bool(metadata.get("deletionTimestamp")),
         failed=failed,
         complete=complete,
+        uid=metadata.get("uid") or "",
+        suspended=bool(spec.get("suspend")),
+        started_at=parse_time(status.get("startTime")),
+        recorded=find_outcome(annotations),
+        default_image=annotations.get(ANNOTATION_DEFAULT_IMAGE, ""),
+        annotations={
+            name: value
+            for name, value in annotations.items()
+            if name.startswith(constants.PREFIX) and name not in _PARSED_ANNOTATIONS
+        },
+        queued=constants.LABEL_QUEUE in (metadata.get("labels") or {}),
     )
 
 
-def _parse_pod(raw: Raw) -> Pod:
+def parse_pod(raw: Raw) -> Pod:
+    """The Pod of a core/v1 Pod with our labels."""
     metadata, status = raw["metadata"], raw.get("status") or {}
     labels, annotations = metadata.get("labels") or {}, metadata.get("annotations") or {}
     index = annotations.get(INDEX_ANNOTATION) or labels.get(INDEX_ANNOTATION) or "0"
@@ -236,7 +320,7 @@ def _parse_pod(raw: Raw) -> Pod:
     for container in status.get("containerStatuses") or ():
         if container.get("name") == constants.CONTAINER_NAME:
             state = container.get("state") or {}
-    waiting, ended = state.get("waiting"), state.get("terminated")
+    waiting, running, ended = state.get("waiting"), state.get("running"), state.get("terminated")
     has_note = status.get("reason") or status.get("message")
     return Pod(
         name=metadata["name"],
@@ -248,8 +332,11 @@ def _parse_pod(raw: Raw) -> Pod:
         disruption=disruption,
         status=Note(status.get("reason") or "", status.get("message") or "") if has_note else None,
         waiting=Note(waiting.get("reason") or "", waiting.get("message") or "") if waiting else None,
-        running=state.get("running") is not None,
+        running=running is not None,
         terminated=_parse_terminated(ended) if ended else None,
+        uid=metadata.get("uid") or "",
+        started_at=parse_time((running or ended or {}).get("startedAt")),
+        created_at=parse_time(metadata.get("creationTimestamp")),
     )
 
 

@@ -1,6 +1,7 @@
 """find_missing: what a stage's pods would mount and is not there. Called by reconcile.py before an attempt is begun.
 
 A missing Secret would leave a pod in ContainerCreating without a word in its status, so it is looked for beforehand.
+Of a Secret no more is told than whether the key is there: who reads the status may not be one who may read the Secret.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def find_missing(job: FineTuneJob, observed: Observed, start: Start) -> Waiting 
         if key not in keys:
             return Waiting(
                 Reason.SECRET_MISSING,
-                f"Secret {name} in namespace {job.namespace} has no key {key}, only: {', '.join(sorted(keys)) or '-'}.",
+                f"Secret {name} in namespace {job.namespace} has no key {key}: add it, or correct the reference in the "
+                "spec (suspend the job first).",
             )
     return None

@@ -1,7 +1,8 @@
 """How an attempt ended, and how that is written on its Job so that it outlives the pods.
 
-An Outcome is decided once (failure.py), stored by reconcile.py as annotations, and from then on read back: the children
-are the operator's memory, its status is not. A suspended attempt's Job goes, so its outcome is kept on its ConfigMap.
+An Outcome is decided once (failure.py), stored by reconcile.py as annotations of the attempt's Job, and from then on
+read back: the children are the operator's memory, its status is not. Everything stored is bounded, and a record of an
+earlier release is read as well.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from finetune_operator.api import constants
 from finetune_operator.api.constants import Reason
+from finetune_operator.core.log_tail import MAX_LINE_LENGTH
 from finetune_operator.core.times import format_time, parse_time
 from finetune_trainer import contract
 
@@ -22,8 +24,14 @@ ANNOTATION_OUTCOME = f"{constants.PREFIX}outcome"
 ANNOTATION_DEFAULT_IMAGE = f"{constants.PREFIX}default-image"
 """The operator's default trainer image when the attempt was made: an upgrade leaves started stages alone."""
 MESSAGE_MAX_LENGTH = 2048
+LOG_MAX_LINES = 20
+"""Lines of the failing container's log that are kept; each has at most log_tail.MAX_LINE_LENGTH characters."""
+MAX_NODES = 64
+"""Nodes of an attempt that are kept by name."""
 
 _REASONS = {str(reason): reason for reason in Reason}
+_REQUIRED = frozenset({"result", "reason", "message", "counts", "exitCode", "startedAt", "finishedAt", "generation"})
+"""Keys that every record has."""
 
 
 class Result(StrEnum):
@@ -42,6 +50,10 @@ class Outcome:
 
     `generation` is the spec's when the end was judged. A failure of an earlier generation is forgiven: somebody has
     changed the spec since, or suspended and resumed the job.
+
+    `pod` and `node` are those that failed first (`node` is None where no single one is to blame), `nodes` all that the
+    attempt ran on. `log` is the end of that pod's log, without secrets. `step` is the last one that was done,
+    `checkpoint_step` that of the newest complete checkpoint; None where nothing was posted.
     """
 
     result: Result
@@ -53,6 +65,19 @@ class Outcome:
     finished_at: datetime | None = None
     report: contract.Report | None = None
     generation: int | None = None
+    pod: str | None = None
+    node: str | None = None
+    nodes: tuple[str, ...] = ()
+    log: tuple[str, ...] = ()
+    step: int | None = None
+    checkpoint_step: int | None = None
+
+    @property
+    def lost_steps(self) -> int | None:
+        """Steps that the next attempt does again; None where it is not known how far this one came."""
+        if self.step is None or self.result is Result.SUCCEEDED:
+            return None
+        return max(0, self.step - (self.checkpoint_step or 0))
 
     def is_held_against(self, generation: int) -> bool:
         """True for a failure that the present generation of the spec has to answer for."""
@@ -61,16 +86,23 @@ class Outcome:
 
 def outcome_annotations(outcome: Outcome) -> dict[str, str]:
     """The annotations that hold the outcome and, when there is one, the report."""
-    value = {
+    value: dict[str, Any] = {
         "result": str(outcome.result),
         "reason": str(outcome.reason),
-        "message": outcome.message[:MESSAGE_MAX_LENGTH],
+        "message": _cut(outcome.message, MESSAGE_MAX_LENGTH),
         "counts": outcome.counts,
         "exitCode": outcome.exit_code,
         "startedAt": format_time(outcome.started_at),
         "finishedAt": format_time(outcome.finished_at),
         "generation": outcome.generation,
+        "pod": outcome.pod,
+        "node": outcome.node,
+        "nodes": list(outcome.nodes[:MAX_NODES]),
+        "log": [_cut(line, MAX_LINE_LENGTH) for line in outcome.log[-LOG_MAX_LINES:]],
+        "step": outcome.step,
+        "checkpointStep": outcome.checkpoint_step,
     }
+    value = {key: item for key, item in value.items() if key in _REQUIRED or item not in (None, [])}
     annotations = {ANNOTATION_OUTCOME: contract.canonical_json(value).decode()}
     if outcome.report is not None:
         annotations[constants.ANNOTATION_REPORT] = contract.canonical_json(outcome.report.as_json()).decode()
@@ -99,7 +131,17 @@ def find_outcome(annotations: Mapping[str, str]) -> Outcome | None:
             finished_at=parse_time(value["finishedAt"]),
             generation=value["generation"],
             report=None if report_text is None else contract.parse_report(report_text),
+            pod=value.get("pod"),
+            node=value.get("node"),
+            nodes=tuple(str(node) for node in value.get("nodes") or ()),
+            log=tuple(str(line) for line in value.get("log") or ()),
+            step=value.get("step"),
+            checkpoint_step=value.get("checkpointStep"),
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return None if outcome.result is Result.SUCCEEDED and outcome.report is None else outcome
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -1,4 +1,8 @@
-"""Settings: what the operator's installation decides for every job. Built by config.py, frozen."""
+"""Settings: what the operator's installation decides for every job. Built by config.py, frozen.
+
+The core and the reconciler read it and nothing else of the installation. Whatever has to do with the process itself
+(ports, leases, log level) stays in config.OperatorConfig.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,21 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from finetune_operator.core.accelerators.instances import BUILT_IN, InstanceType
+from finetune_operator.core.model_shapes import BUILT_IN_SHAPES, ModelShape
 from finetune_trainer import contract
 
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
+FEATURE_NEURON = "Neuron"
+"""Gate of accelerator type neuron and of the compile stage."""
+
+FEATURE_CUDA = "Cuda"
+"""Gate of accelerator type cuda."""
+
+FEATURE_PUBLISH = "Publish"
+"""Gate of spec.publish and of the publish stage."""
+
+FEATURES: Mapping[str, bool] = MappingProxyType({FEATURE_NEURON: False, FEATURE_CUDA: False, FEATURE_PUBLISH: False})
+"""Every feature gate with its default. Off: this release's trainer cannot run what lies behind it yet."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,20 @@ class RetryTiming:
 
 
 @dataclass(frozen=True)
+class NodeSettings:
+    """What a fault of a Kubernetes node does to the attempts and pods on it."""
+
+    watch: bool = True
+    """Whether nodes are watched at all. Without it a node's fault shows only by what happens to its pods."""
+    avoid_seconds: float = 3600
+    """Seconds for which a node stays avoided after its last fault, and the time in which its faults add up."""
+    faults_to_avoid: int = 2
+    """Faults of attempts on one node within avoid_seconds after which new attempts keep off it, 1 or more."""
+    drain_seconds: float = 20
+    """Grace, in seconds, of the pods of a gang whose node has a fault: time for a checkpoint where they still run."""
+
+
+@dataclass(frozen=True)
 class ProgressEndpoint:
     """Where stages post their progress, and the CA certificate (PEM) that they trust for it."""
 
@@ -59,6 +89,25 @@ class Settings:
     stages: Mapping[str, StageDefaults] = field(default_factory=dict)
     retry: RetryTiming = RetryTiming()
     progress: ProgressEndpoint | None = None
+    features: Mapping[str, bool] = field(default_factory=lambda: FEATURES)
+    """Feature gates by name; every name of FEATURES is in it."""
+    instance_types: Mapping[str, InstanceType] = field(default_factory=lambda: BUILT_IN)
+    """Instance types by name (ml.trn1.32xlarge ...): the built-in table with the installation's own entries over it."""
+    model_shapes: Mapping[str, ModelShape] = field(default_factory=lambda: BUILT_IN_SHAPES)
+    """Model shapes by name on the Hugging Face hub (org/name, in lower case): as for instance_types."""
+    nodes: NodeSettings = NodeSettings()
+    hang_seconds: float = 1800
+    """Seconds without a step, in a training pod that posts progress, after which the attempt hangs. 0: never."""
+    log_tail_lines: int = 20
+    """Last lines of a failing container's log that go into the stage's status. 0: no log is read."""
+    queue_enabled: bool = True
+    """Whether spec.queue is served. Without it a job that names a queue is refused."""
+    currency: str = "USD"
+    """ISO 4217 code of the prices in instance_types and so of status.cost."""
+
+    def has(self, feature: str) -> bool:
+        """Whether a feature gate is on. KeyError for a name that FEATURES does not have."""
+        return self.features.get(feature, FEATURES[feature])
 
     def of(self, stage: str) -> StageDefaults:
         """The defaults of a stage; built-in ones where the installation has none."""

@@ -7,17 +7,21 @@ stage begins when every earlier one has its artifact, so there is one current st
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from finetune_operator.api.conditions import find_condition
 from finetune_operator.api.constants import ConditionType, Reason, StageState
 from finetune_operator.api.finetunejob import FineTuneJob
-from finetune_operator.core.failure import derive_outcome, find_waiting
-from finetune_operator.core.inputs import Start, is_skipped, stage_config, stage_names, start_attempt
-from finetune_operator.core.observed import Attempt, Observed
+from finetune_operator.core.failure import Hang, derive_outcome, find_waiting
+from finetune_operator.core.figures import Progress
+from finetune_operator.core.inputs import GANGS, Start, is_skipped, stage_config, stage_names, start_attempt
+from finetune_operator.core.nodes import Avoidance, node_affinity, nodes_to_avoid
+from finetune_operator.core.observed import Attempt, AttemptKey, Observed, StageJob
+from finetune_operator.core.pods import Placement
+from finetune_operator.core.queueing import QueueState, derive_queue_state, no_workload_at
 from finetune_operator.core.records import Outcome, Result
 from finetune_operator.core.settings import RetryTiming, Settings
 from finetune_trainer import contract
@@ -77,11 +81,29 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Every stage in order. `deadline_passed` stops what runs."""
+    """Every stage in order. `deadline_passed` stops what runs.
+
+    `placement` is where new pods may run, `progress` what the attempt under way last posted, `queue` how Kueue has the
+    job (None without spec.queue), and `outcomes` has every attempt's end as far as it is known.
+    """
 
     stages: tuple[StagePlan, ...]
     deadline_passed: bool = False
     deadline_at: datetime | None = None
+    placement: Placement = field(default_factory=Placement)
+    progress: Progress | None = None
+    queue: QueueState | None = None
+    reservation_lost: str | None = None
+    """What Kueue says of a reservation of the whole pipeline that it took back."""
+    outcomes: Mapping[AttemptKey, Outcome] = field(default_factory=dict)
+
+    def placed(self, placement: Placement) -> Pipeline:
+        """The pipeline with the selector and tolerations of a reservation's flavors beside its own affinity."""
+        return replace(self, placement=replace(placement, affinity=self.placement.affinity))
+
+    def outcome_of(self, attempt: Attempt) -> Outcome | None:
+        """How the attempt ended, recorded or only just seen; None while it is under way."""
+        return attempt.recorded or self.outcomes.get(attempt.key)
 
     @property
     def current(self) -> StagePlan | None:
@@ -119,10 +141,18 @@ def _keeps_image(attempt: Attempt) -> bool:
     return attempt.job is not None and (waiting is None or waiting.reason is not Reason.IMAGE_PULL_FAILED)
 
 
+def spec_digest(job: FineTuneJob) -> str:
+    """Digest of what a job's end depends on: all of its spec but ttlSecondsAfterFinished."""
+    spec = {key: value for key, value in job.spec.as_json().items() if key != "ttlSecondsAfterFinished"}
+    return contract.digest_of(spec)
+
+
 def is_finished(job: FineTuneJob) -> bool:
-    """True when the job came to its end under the generation of the spec that it has now; the end is final."""
+    """True when the job came to its end under the spec that it has now, whatever its time to live; the end is final."""
     end = find_condition(job.status.conditions, ConditionType.SUCCEEDED)
-    return end is not None and end.status != "Unknown" and end.observed_generation == job.generation
+    if end is None or end.status == "Unknown":
+        return False
+    return end.observed_generation == job.generation or job.status.spec_digest == spec_digest(job)
 
 
 def running_since(job: FineTuneJob) -> datetime | None:
@@ -135,13 +165,36 @@ def running_since(job: FineTuneJob) -> datetime | None:
     return job.status.start_time
 
 
-def derive_pipeline(job: FineTuneJob, observed: Observed, settings: Settings, now: datetime) -> Pipeline:
-    """How every stage stands and what is due. ParallelismError when the spec's sizes do not divide."""
+def derive_pipeline(
+    job: FineTuneJob,
+    observed: Observed,
+    settings: Settings,
+    now: datetime,
+    *,
+    progress: Progress | None = None,
+    device_resource: str | None = None,
+) -> Pipeline:
+    """How every stage stands and what is due. ParallelismError when the spec's sizes do not divide.
+
+    `progress` is what a stage of the job last posted, whichever that is; `device_resource` the name by which the
+    cluster offers the accelerator's devices.
+    """
     deadline_at = None
     started_at = running_since(job)
     if job.spec.active_deadline_seconds is not None and started_at is not None:
         deadline_at = started_at + timedelta(seconds=job.spec.active_deadline_seconds)
     passed = deadline_at is not None and now >= deadline_at
+    outcomes = _outcomes(job, observed, settings, now, progress)
+    look = _Look(
+        job,
+        observed,
+        settings,
+        now,
+        outcomes,
+        deadline_passed=passed,
+        progress=progress,
+        device_resource=device_resource,
+    )
     artifacts: dict[str, ArtifactRef] = {}
     stages: list[StagePlan] = []
     blocked = False
@@ -154,29 +207,160 @@ def derive_pipeline(job: FineTuneJob, observed: Observed, settings: Settings, no
             message = f"It begins when {before} has its artifact."
             stages.append(StagePlan(name, StageState.WAITING, Reason.WAITING, message))
             continue
-        plan = _stage_plan(job, name, artifacts, observed, settings, now, deadline_passed=passed)
+        plan = _stage_plan(look, name, artifacts)
         stages.append(plan)
         if plan.state in DONE and plan.success is not None and plan.success.report is not None:
             artifacts.update(plan.success.report.artifacts)
         else:
             blocked = True
-    return Pipeline(stages=tuple(stages), deadline_passed=passed and blocked, deadline_at=deadline_at)
+    current = next((stage for stage in stages if stage.state not in DONE), None)
+    queue = _queue_state(look, current)
+    reserves = job.spec.queue is not None and job.spec.queue.policy == "wholePipeline"
+    lost = None
+    if reserves and queue is not None and queue.status != "True" and current is not None and current.start is not None:
+        # A reservation of the whole pipeline comes before any Job.
+        lost = queue.message if current.latest is not None else None
+        current = replace(current, state=StageState.QUEUED, reason=Reason.QUEUED, message=queue.message, start=None)
+        stages = [current if stage.name == current.name else stage for stage in stages]
+    avoidance = nodes_to_avoid(
+        _node_faults(outcomes),
+        now,
+        window_seconds=settings.nodes.avoid_seconds,
+        faults_to_avoid=settings.nodes.faults_to_avoid,
+    )
+    return Pipeline(
+        stages=tuple(stages),
+        deadline_passed=passed and blocked,
+        deadline_at=deadline_at,
+        placement=Placement(affinity=_affinity(look, current, avoidance)),
+        progress=progress if progress is not None and _is_of(progress, current) else None,
+        queue=queue,
+        reservation_lost=lost,
+        outcomes=outcomes,
+    )
 
 
-def _stage_plan(
-    job: FineTuneJob,
-    stage: str,
-    artifacts: Mapping[str, ArtifactRef],
-    observed: Observed,
-    settings: Settings,
-    now: datetime,
-    *,
-    deadline_passed: bool,
-) -> StagePlan:
+@dataclass(frozen=True)
+class _Look:
+    """What every stage's plan is derived from."""
+
+    job: FineTuneJob
+    observed: Observed
+    settings: Settings
+    now: datetime
+    outcomes: Mapping[AttemptKey, Outcome]
+    deadline_passed: bool
+    progress: Progress | None
+    device_resource: str | None
+
+
+def _outcomes(
+    job: FineTuneJob, observed: Observed, settings: Settings, now: datetime, progress: Progress | None
+) -> dict[AttemptKey, Outcome]:
+    """The end of every attempt that has one."""
+    found = {}
+    for attempt in observed.attempts:
+        outcome = attempt.recorded
+        if outcome is None:
+            outcome = derive_outcome(
+                _as_queued(attempt, observed),
+                nodes=observed.nodes,
+                deleted_nodes=observed.deleted_nodes,
+                hung=find_hang(job, attempt, settings, now, progress),
+                now=now,
+            )
+            if outcome is not None and progress is not None and _is_posted_by(progress, attempt):
+                step = outcome.step if outcome.step is not None else progress.step
+                outcome = replace(outcome, step=step, checkpoint_step=progress.checkpoint_step)
+        if outcome is not None:
+            found[attempt.key] = outcome
+    return found
+
+
+def _as_queued(attempt: Attempt, observed: Observed) -> Attempt:
+    """The attempt as it is about to be: Kueue's eviction is seen before the Job is suspended, or after its pods end."""
+    job = attempt.job
+    workload = observed.workloads.get(job.uid) if job is not None else None
+    if job is None or workload is None or workload.evicted is None:
+        return attempt
+    return replace(attempt, job=replace(job, suspended=True))
+
+
+def _is_posted_by(progress: Progress, attempt: Attempt) -> bool:
+    same = (progress.stage, progress.attempt) == (attempt.stage, attempt.number)
+    return same and progress.digest in ("", attempt.digest)
+
+
+def hang_limit(job: FineTuneJob, stage: str, settings: Settings) -> float:
+    """Seconds without a step after which an attempt of the stage hangs; 0 for never."""
+    return job.spec.stages.of(stage).hang_seconds or settings.hang_seconds
+
+
+def find_hang(
+    job: FineTuneJob, attempt: Attempt, settings: Settings, now: datetime, progress: Progress | None
+) -> Hang | None:
+    """What shows that the attempt hangs, or None. An attempt that never posted is not judged by its silence."""
+    limit = hang_limit(job, attempt.stage, settings)
+    if not limit or progress is None or progress.advanced_at is None or not _is_posted_by(progress, attempt):
+        return None
+    silent = (now - progress.advanced_at) / timedelta(seconds=1)
+    if silent < limit:
+        return None
+    return Hang(step=progress.step, seconds=silent, limit_seconds=limit)
+
+
+def _node_faults(outcomes: Mapping[AttemptKey, Outcome]) -> Iterator[tuple[str, datetime]]:
+    """(node, when) of every attempt that a node's fault ended."""
+    for outcome in outcomes.values():
+        if outcome.reason in (Reason.NODE_FAULT, Reason.NODE_LOST) and outcome.node and outcome.finished_at is not None:
+            yield outcome.node, outcome.finished_at
+
+
+def _affinity(look: _Look, current: StagePlan | None, avoidance: Avoidance) -> Mapping[str, Any] | None:
+    """Where the pods of the current stage's next attempt may run.
+
+    The accelerator's nodes have to be marked healthy where any node is. Other stages may also use nodes without that
+    mark, such as plain EKS nodes beside HyperPod's: the taint of a faulty node keeps them off it anyway.
+    """
+    nodes = tuple(look.observed.nodes.values())
+    accelerator = look.job.spec.accelerator
+    if current is not None and current.name in GANGS:
+        return node_affinity(
+            nodes,
+            avoid=avoidance.avoid,
+            suspects=avoidance.suspects,
+            needed=accelerator.nodes,
+            instance_type=accelerator.instance_type,
+        )
+    if any(node.health is None for node in nodes):
+        nodes = tuple(replace(node, health=None, deep_check=None) for node in nodes)
+    return node_affinity(nodes, avoid=avoidance.avoid, suspects=avoidance.suspects)
+
+
+def _queue_state(look: _Look, current: StagePlan | None) -> QueueState | None:
+    queue = look.job.spec.queue
+    latest = current.latest.job if current is not None and current.latest is not None else None
+    owner = look.job.uid if queue is not None and queue.policy == "wholePipeline" else (latest.uid if latest else "")
+    return derive_queue_state(
+        look.job,
+        latest,
+        look.observed.workloads.get(owner),
+        kueue_installed=look.observed.kueue_installed,
+        now=look.now,
+    )
+
+
+def _is_of(progress: Progress, current: StagePlan | None) -> bool:
+    """True when what was posted is of the attempt that runs now."""
+    return current is not None and current.latest is not None and _is_posted_by(progress, current.latest)
+
+
+def _stage_plan(look: _Look, stage: str, artifacts: Mapping[str, ArtifactRef]) -> StagePlan:
+    job, observed, settings, now = look.job, look.observed, look.settings, look.now
     image, default_image = _image(job, stage, observed, settings)
-    config, digest = stage_config(job, stage, artifacts, image)
+    config, digest = stage_config(job, stage, artifacts, image, settings)
     attempts = observed.of_digest(stage, digest)
-    outcomes = tuple(derive_outcome(attempt) for attempt in attempts)
+    outcomes = tuple(look.outcomes.get(attempt.key) for attempt in attempts)
     exhausted = _exhausted(job, outcomes)
 
     def plan(
@@ -189,7 +373,7 @@ def _stage_plan(
     ) -> StagePlan:
         begin = None
         if start is not None:
-            begin = start_attempt(job, stage, start, config, digest, default_image, settings)
+            begin = start_attempt(job, stage, start, config, digest, default_image, settings, look.device_resource)
         return StagePlan(stage, state, reason, message, digest, attempts, outcomes, begin, wake_at)
 
     success = next((o for o in reversed(outcomes) if o is not None and o.result is Result.SUCCEEDED), None)
@@ -211,7 +395,7 @@ def _stage_plan(
             message = f"{len(left)} pods have their grace period to write a checkpoint."
             return plan(StageState.SUSPENDED, Reason.SUSPENDING, message)
         return plan(StageState.SUSPENDED, Reason.SUSPENDED, "spec.suspend is true.")
-    if deadline_passed:
+    if look.deadline_passed:
         return plan(
             StageState.FAILED,
             Reason.DEADLINE_EXCEEDED,
@@ -220,7 +404,7 @@ def _stage_plan(
         )
 
     if latest is not None and outcome is None and latest.job is not None and not latest.job.deleting:
-        return _under_way(latest, plan, now)
+        return _under_way(look, latest, plan)
     number = 1 if latest is None else latest.number if outcome is None else latest.number + 1
     if exhausted is not None:
         return plan(StageState.FAILED, Reason.RETRIES_EXHAUSTED, exhausted)
@@ -238,30 +422,57 @@ def _stage_plan(
     return plan(StageState.STARTING, Reason.STARTING, f"Attempt {number} is being started.", start=number)
 
 
-def _under_way(latest: Attempt, plan: Any, now: datetime) -> StagePlan:
-    """The plan of a stage whose newest attempt has a Job and no end. Its ConfigMap and Service are kept complete."""
-    result: StagePlan
+def _under_way(look: _Look, latest: Attempt, plan: Callable[..., StagePlan]) -> StagePlan:
+    """The plan of a stage whose newest attempt has a Job and no end. Its Service is kept complete."""
+    job = latest.job
+    if job is None:
+        raise ValueError(f"attempt {latest.key} has no Job")
+    if job.suspended:
+        return _held(look, latest, job, plan)
     waiting = find_waiting(latest)
-    completions = latest.job.completions if latest.job else 1
     running = sum(pod.running or pod.has_ended for pod in latest.pods)
     if waiting is not None:
-        result = plan(StageState.STARTING, waiting.reason, waiting.message, start=latest.number)
-    elif running < completions:
-        message = f"Attempt {latest.number}: {running} of {completions} pods run."
-        wake_at = None
-        if latest.job is not None and latest.job.created_at is not None and not latest.pods:
-            wake_at = latest.job.created_at + timedelta(seconds=NO_POD_SECONDS)
-            if now >= wake_at:
-                wake_at = None
-                message += (
-                    f" None was created in {NO_POD_SECONDS} seconds; `kubectl describe job {latest.name}` has the "
-                    "cause: most often a quota, a limit range or a policy of the namespace refuses the pod."
-                )
-        result = plan(StageState.STARTING, Reason.STARTING, message, start=latest.number, wake_at=wake_at)
-    else:
-        message = f"Attempt {latest.number} runs on {completions} pod{'s' if completions > 1 else ''}."
-        result = plan(StageState.RUNNING, Reason.RUNNING, message, start=latest.number)
-    return result
+        return plan(StageState.STARTING, waiting.reason, waiting.message, start=latest.number)
+    if running >= job.completions:
+        message = f"Attempt {latest.number} runs on {job.completions} pod{'s' if job.completions > 1 else ''}."
+        hangs_at = None
+        limit = hang_limit(look.job, latest.stage, look.settings)
+        progress = look.progress
+        if limit and progress is not None and progress.advanced_at is not None and _is_posted_by(progress, latest):
+            hangs_at = progress.advanced_at + timedelta(seconds=limit)
+        return plan(StageState.RUNNING, Reason.RUNNING, message, start=latest.number, wake_at=hangs_at)
+    message = f"Attempt {latest.number}: {running} of {job.completions} pods run."
+    wake_at = None
+    since = max((moment for moment in (job.created_at, job.started_at) if moment is not None), default=None)
+    if since is not None and not latest.pods:
+        wake_at = since + timedelta(seconds=NO_POD_SECONDS)
+        if look.now >= wake_at:
+            wake_at = None
+            message += (
+                f" None was created in {NO_POD_SECONDS} seconds; `kubectl describe job {latest.name}` has the "
+                "cause: most often a quota, a limit range or a policy of the namespace refuses the pod."
+            )
+    return plan(StageState.STARTING, Reason.STARTING, message, start=latest.number, wake_at=wake_at)
+
+
+def _held(look: _Look, latest: Attempt, job: StageJob, plan: Callable[..., StagePlan]) -> StagePlan:
+    """The plan of a stage whose Job is suspended: Kueue holds it back, or somebody's hand."""
+    if latest.live_pods:
+        message = f"{len(latest.live_pods)} pods have their grace period to write a checkpoint."
+        return plan(StageState.QUEUED, Reason.PREEMPTED, message, start=latest.number)
+    if look.job.spec.queue is None:
+        message = (
+            f"Job {job.name} is suspended, and not by this operator: `kubectl describe job {job.name}` may say why."
+        )
+        return plan(StageState.QUEUED, Reason.QUEUED, message, start=latest.number)
+    workload = look.observed.workloads.get(job.uid)
+    queue = derive_queue_state(look.job, job, workload, kueue_installed=look.observed.kueue_installed, now=look.now)
+    words = queue.message if queue is not None else f"Job {job.name} is suspended."
+    unavailable = queue is not None and queue.reason == Reason.QUEUE_UNAVAILABLE
+    reason = Reason.QUEUE_UNAVAILABLE if unavailable else Reason.QUEUED
+    wake_at = no_workload_at(job) if workload is None else None
+    wake_at = wake_at if wake_at is not None and wake_at > look.now else None
+    return plan(StageState.QUEUED, reason, words, start=latest.number, wake_at=wake_at)
 
 
 def _missed_gate(job: FineTuneJob, stage: str, success: Outcome) -> str | None:

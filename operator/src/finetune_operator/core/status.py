@@ -7,11 +7,12 @@ argument.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from finetune_operator.api.conditions import with_condition
+from finetune_operator.api import constants
+from finetune_operator.api.conditions import cut_message, with_condition
 from finetune_operator.api.constants import (
     STAGE_CONDITIONS,
     STAGE_PHASES,
@@ -23,10 +24,12 @@ from finetune_operator.api.constants import (
 from finetune_operator.api.finetunejob import FineTuneJob
 from finetune_operator.api.status import (
     MAX_ATTEMPTS,
+    MAX_NODES,
     AttemptStatus,
     Condition,
     ConditionStatus,
     FineTuneJobStatus,
+    PlanStatus,
     StageStatus,
 )
 from finetune_operator.core.failure import Waiting
@@ -39,9 +42,11 @@ from finetune_operator.core.figures import (
     derive_training,
     whole_second,
 )
-from finetune_operator.core.observed import Observed
+from finetune_operator.core.observed import Attempt, Observed
+from finetune_operator.core.preemptions import noted_preemptions
+from finetune_operator.core.queueing import queue_wait_seconds
 from finetune_operator.core.records import Result
-from finetune_operator.core.stages import DONE, Pipeline, StagePlan, running_since
+from finetune_operator.core.stages import DONE, Pipeline, StagePlan, running_since, spec_digest
 from finetune_trainer import contract
 
 _WEIGHTS = {
@@ -72,7 +77,6 @@ def derive_status(
     now: datetime,
     *,
     problem: Waiting | None = None,
-    progress: Progress | None = None,
 ) -> FineTuneJobStatus:
     """The status of a job whose spec is valid. `problem` is what keeps the due stage from being started."""
     conclusion = _conclude(observed, pipeline, problem)
@@ -83,11 +87,10 @@ def derive_status(
         conditions = with_condition(
             conditions, kind, status, reason, message, observed_generation=job.generation, now=whole_second(now)
         )
-    current = pipeline.current
-    if progress is not None and not _is_of(progress, current):
-        progress = None
+    current, progress = pipeline.current, pipeline.progress
     return FineTuneJobStatus(
         observed_generation=job.generation,
+        spec_digest=spec_digest(job),
         conditions=conditions,
         phase=_phase(job, pipeline, conclusion, problem),
         stage=_stage_text(pipeline),
@@ -97,13 +100,34 @@ def derive_status(
         message=conclusion.message,
         start_time=_start_time(job, observed, pipeline, now, finished=finished, held=problem is not None),
         completion_time=(before.completion_time or whole_second(now)) if finished else None,
-        stages=tuple(_stage_status(stage, problem, current) for stage in pipeline.stages),
+        stages=tuple(_stage_status(stage, problem, current, observed, now) for stage in pipeline.stages),
         training=derive_training(pipeline, progress, before.training),
         evaluation=derive_evaluation(pipeline),
-        attempts=tuple(_attempts(pipeline))[-MAX_ATTEMPTS:],
+        attempts=tuple(_attempts(pipeline, before))[-MAX_ATTEMPTS:],
         restarts=pipeline.restarts,
         artifacts=derive_artifacts(pipeline),
         trainable_parameters=derive_trainable_parameters(pipeline),
+    )
+
+
+def planned_status(job: FineTuneJob, plan: PlanStatus, now: datetime) -> FineTuneJobStatus:
+    """The status of a job whose spec.dryRun is set: nothing was started, and it is not at its end."""
+    conditions = job.status.conditions
+    rows: dict[ConditionType, tuple[ConditionStatus, Reason, str]] = {
+        ConditionType.SUCCEEDED: ("Unknown", Reason.DRY_RUN, plan.message),
+        ConditionType.VALIDATED: ("True", Reason.DRY_RUN, "The plan is in status.plan."),
+    }
+    for kind, (status, why, words) in rows.items():
+        conditions = with_condition(
+            conditions, kind, status, why, words, observed_generation=job.generation, now=whole_second(now)
+        )
+    return FineTuneJobStatus(
+        observed_generation=job.generation,
+        conditions=conditions,
+        phase=str(Phase.PENDING),
+        reason=str(Reason.DRY_RUN),
+        message=cut_message(plan.message),
+        plan=plan,
     )
 
 
@@ -112,7 +136,7 @@ def refused_status(
 ) -> FineTuneJobStatus:
     """The status of a job whose spec is wrong or asks for what is not available: at its end until the spec changes."""
     conditions = job_status.conditions
-    rows: dict[ConditionType, tuple[ConditionStatus, Reason, str]] = {
+    rows: dict[ConditionType, tuple[ConditionStatus, str, str]] = {
         ConditionType.SUCCEEDED: ("False", reason, message),
         ConditionType.VALIDATED: ("False", reason, message),
     }
@@ -123,21 +147,15 @@ def refused_status(
     return job_status.model_copy(
         update={
             "observed_generation": generation,
+            "spec_digest": None,
             "conditions": conditions,
             "phase": str(Phase.FAILED),
             "reason": str(reason),
-            "message": message,
+            "message": cut_message(message),
             "completion_time": job_status.completion_time or whole_second(now),
             "eta": None,
         }
     )
-
-
-def _is_of(progress: Progress, current: StagePlan | None) -> bool:
-    """True when what was posted is of the attempt that runs now."""
-    if current is None or current.start is None or current.name != progress.stage:
-        return False
-    return current.start.number == progress.attempt
 
 
 def _conclude(observed: Observed, pipeline: Pipeline, problem: Waiting | None) -> Conclusion:
@@ -157,13 +175,16 @@ def _conclude(observed: Observed, pipeline: Pipeline, problem: Waiting | None) -
 
 def _conditions(
     job: FineTuneJob, observed: Observed, pipeline: Pipeline, conclusion: Conclusion, problem: Waiting | None
-) -> dict[ConditionType, tuple[ConditionStatus, Reason, str]]:
-    rows: dict[ConditionType, tuple[ConditionStatus, Reason, str]] = {
+) -> dict[ConditionType, tuple[ConditionStatus, str, str]]:
+    rows: dict[ConditionType, tuple[ConditionStatus, str, str]] = {
         ConditionType.SUCCEEDED: (conclusion.status, conclusion.reason, conclusion.message),
         ConditionType.VALIDATED: ("True", Reason.VALID, "Every check of the spec passed."),
         ConditionType.STORAGE_READY: _storage(observed, pipeline, problem),
+        ConditionType.HEALTHY: _healthy(pipeline),
         ConditionType.SUSPENDED: _suspended(job, observed),
     }
+    if pipeline.queue is not None:
+        rows[ConditionType.QUOTA_RESERVED] = (pipeline.queue.status, pipeline.queue.reason, pipeline.queue.message)
     for stage in pipeline.stages:
         rows[STAGE_CONDITIONS[stage.name]] = _stage_condition(stage)
     return rows
@@ -172,7 +193,7 @@ def _conditions(
 _STORAGE_REASONS = frozenset({Reason.CLAIM_MISSING, Reason.CLAIM_NOT_BOUND, Reason.SECRET_MISSING})
 
 
-def _storage(observed: Observed, pipeline: Pipeline, problem: Waiting | None) -> tuple[ConditionStatus, Reason, str]:
+def _storage(observed: Observed, pipeline: Pipeline, problem: Waiting | None) -> tuple[ConditionStatus, str, str]:
     if problem is not None and problem.reason in _STORAGE_REASONS:
         return "False", problem.reason, problem.message
     current = pipeline.current
@@ -183,7 +204,21 @@ def _storage(observed: Observed, pipeline: Pipeline, problem: Waiting | None) ->
     return "Unknown", Reason.PENDING, "Not looked for yet."
 
 
-def _suspended(job: FineTuneJob, observed: Observed) -> tuple[ConditionStatus, Reason, str]:
+_UNHEALTHY = frozenset({Reason.NODE_FAULT, Reason.NODE_LOST, Reason.HANGING})
+
+
+def _healthy(pipeline: Pipeline) -> tuple[ConditionStatus, str, str]:
+    """False from a node's fault or a hang on until the next attempt runs."""
+    current = pipeline.current
+    outcome = None
+    if current is not None and current.state is not StageState.RUNNING:
+        outcome = next((each for each in reversed(current.outcomes) if each is not None), None)
+    if outcome is not None and outcome.result is Result.RETRY and outcome.reason in _UNHEALTHY:
+        return "False", outcome.reason, outcome.message
+    return "True", Reason.VALID, "No node of the job is faulty, and nothing hangs."
+
+
+def _suspended(job: FineTuneJob, observed: Observed) -> tuple[ConditionStatus, str, str]:
     if not job.spec.suspend:
         return "False", Reason.NOT_SUSPENDED, "spec.suspend is false."
     if observed.is_anything_live():
@@ -191,7 +226,7 @@ def _suspended(job: FineTuneJob, observed: Observed) -> tuple[ConditionStatus, R
     return "True", Reason.SUSPENDED, "spec.suspend is true and no pod of the job is left."
 
 
-def _stage_condition(stage: StagePlan) -> tuple[ConditionStatus, Reason, str]:
+def _stage_condition(stage: StagePlan) -> tuple[ConditionStatus, str, str]:
     if stage.state in (StageState.SUCCEEDED, StageState.REUSED):
         return "True", stage.reason, stage.message or f"Stage {stage.name} has its artifact."
     status: ConditionStatus = "False" if stage.state in (StageState.FAILED, StageState.SKIPPED) else "Unknown"
@@ -204,6 +239,8 @@ def _phase(job: FineTuneJob, pipeline: Pipeline, conclusion: Conclusion, problem
     current = pipeline.current
     if current is None or job.spec.suspend:
         return str(Phase.SUSPENDED)
+    if current.state is StageState.QUEUED:
+        return str(Phase.QUEUED)
     if current is pipeline.stages[0] and not current.attempts and (current.start is None or problem is not None):
         return str(Phase.PENDING)
     return str(STAGE_PHASES[current.name])
@@ -253,7 +290,9 @@ def _start_time(
     return whole_second(now) if begun else None
 
 
-def _stage_status(stage: StagePlan, problem: Waiting | None, current: StagePlan | None) -> StageStatus:
+def _stage_status(
+    stage: StagePlan, problem: Waiting | None, current: StagePlan | None, observed: Observed, now: datetime
+) -> StageStatus:
     latest, outcome = stage.latest, stage.latest_outcome
     number = stage.start.number if stage.start is not None else (latest.number if latest else 0)
     held = problem if problem is not None and stage is current and stage.is_new else None
@@ -279,7 +318,21 @@ def _stage_status(stage: StagePlan, problem: Waiting | None, current: StagePlan 
         reason=str(held.reason if held is not None else stage.reason),
         message=(held.message if held is not None else stage.message) or None,
         exit_code=outcome.exit_code if outcome is not None else None,
+        nodes=tuple(sorted({pod.node for pod in latest.pods if pod.node}))[:MAX_NODES] if latest is not None else (),
+        log=outcome.log if outcome is not None else (),
+        queue_seconds=_queue_seconds(shown, observed, now),
     )
+
+
+def _queue_seconds(attempt: Attempt | None, observed: Observed, now: datetime) -> int | None:
+    """Seconds for which the attempt waited for Kueue, since its last preemption where there was one."""
+    job = attempt.job if attempt is not None else None
+    workload = observed.workloads.get(job.uid) if job is not None else None
+    if job is None or workload is None or not workload.admitted:
+        return None
+    preemptions = noted_preemptions(job.annotations).last
+    waited = queue_wait_seconds(preemptions[-1].at if preemptions else job.created_at, workload, now)
+    return None if waited is None else int(waited)
 
 
 def _seconds(begun: datetime | None, ended: datetime | None) -> int | None:
@@ -288,12 +341,31 @@ def _seconds(begun: datetime | None, ended: datetime | None) -> int | None:
     return max(0, int((ended - begun) / timedelta(seconds=1)))
 
 
-def _attempts(pipeline: Pipeline) -> Iterable[AttemptStatus]:
+MAX_ATTEMPT_LOG_LINES = 5
+"""Of an attempt that is past; the stage's status has more of its newest one."""
+
+
+def _attempts(pipeline: Pipeline, before: FineTuneJobStatus) -> Iterable[AttemptStatus]:
+    """Every end that was none: failed attempts, and preemptions of one that went on later."""
+    known = {(each.stage, each.attempt, each.reason, each.end_time): each for each in before.attempts}
     for stage in pipeline.stages:
-        for attempt, outcome in zip(stage.attempts, stage.outcomes, strict=True):
+        for position, (attempt, outcome) in enumerate(zip(stage.attempts, stage.outcomes, strict=True)):
+            preemptions = noted_preemptions(attempt.job.annotations).last if attempt.job is not None else ()
+            for each in preemptions:
+                entry = AttemptStatus(
+                    stage=stage.name,
+                    attempt=attempt.number,
+                    job_name=attempt.name or None,
+                    end_time=each.at,
+                    reason=str(Reason.PREEMPTED),
+                    message=f"{each.reason}: {each.message}"[:4096],
+                    counted=False,
+                    lost_steps=_lost(each.step, pipeline, attempt),
+                )
+                yield _with_recovery(entry, (attempt,), known)
             if outcome is None or outcome.result not in (Result.RETRY, Result.FAIL):
                 continue
-            yield AttemptStatus(
+            entry = AttemptStatus(
                 stage=stage.name,
                 attempt=attempt.number,
                 job_name=attempt.name or None,
@@ -301,6 +373,36 @@ def _attempts(pipeline: Pipeline) -> Iterable[AttemptStatus]:
                 reason=str(outcome.reason),
                 message=outcome.message[:4096],
                 exit_code=outcome.exit_code,
-                node=next((pod.node for pod in attempt.pods if pod.has_failed), None),
+                node=outcome.node,
                 counted=outcome.counts,
+                lost_steps=outcome.lost_steps,
+                log=outcome.log[-MAX_ATTEMPT_LOG_LINES:],
             )
+            yield _with_recovery(entry, stage.attempts[position + 1 : position + 2], known)
+
+
+def _lost(step: int | None, pipeline: Pipeline, attempt: Attempt) -> int | None:
+    """Steps since the checkpoint that was the newest then; what training posts later does not change it."""
+    annotated = attempt.job.annotations.get(constants.ANNOTATION_CHECKPOINT_STEP, "") if attempt.job is not None else ""
+    if step is None or not annotated.isdigit():
+        return None
+    return max(0, step - int(annotated))
+
+
+def _with_recovery(
+    entry: AttemptStatus,
+    following: Iterable[Attempt],
+    known: Mapping[tuple[str, int, str, datetime | None], AttemptStatus],
+) -> AttemptStatus:
+    """The entry with the seconds until all pods ran again; figures once known stay as they were."""
+    before = known.get((entry.stage, entry.attempt, entry.reason, entry.end_time))
+    if before is not None and before.recovery_seconds is not None:
+        return entry.model_copy(update={"recovery_seconds": before.recovery_seconds, "lost_steps": before.lost_steps})
+    for attempt in following:
+        begun = [pod.started_at for pod in attempt.pods if pod.started_at is not None]
+        since = entry.end_time
+        if since is None or attempt.job is None or len(begun) < attempt.job.completions or max(begun) < since:
+            continue
+        seconds = int((max(begun) - since) / timedelta(seconds=1))
+        return entry.model_copy(update={"recovery_seconds": max(0, seconds)})
+    return entry

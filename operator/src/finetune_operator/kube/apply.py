@@ -1,4 +1,4 @@
-"""Writes: server-side apply of children, records, deletions, the status and events. Called by reconcile.py only."""
+"""Writes: children, records, the status and events. Called by reconcile.py only."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune_operator.api import constants
 from finetune_operator.api.status import FineTuneJobStatus
+from finetune_operator.core.failure import judge_refusal
 from finetune_operator.kube.client import Client, ClusterError, Raw
 
 RECORD_MANAGER = f"{constants.FIELD_MANAGER}-record"
@@ -23,34 +24,37 @@ class ChildRefused(Exception):
         super().__init__(message)
 
 
-async def apply_child(client: Client, manifest: Mapping[str, Any], *, job_name: str, job_uid: str) -> None:
-    """Create or complete a child of the FineTuneJob; ChildRefused when that cannot be now.
+async def create_child(client: Client, manifest: Mapping[str, Any], *, job_name: str, job_uid: str) -> Raw:
+    """Create a child of the FineTuneJob, or find it created; ChildRefused when that cannot be now.
 
-    An object of that name that is not this job's is never touched: server-side apply would take it over, so its owner
-    is looked at first.
+    Created, not applied: an object of that name that is somebody else's is then never touched, and the API server
+    itself refuses a second one, whoever asks.
     """
     kind, metadata = manifest["kind"], manifest["metadata"]
-    there = await client.find(kind, metadata["namespace"], metadata["name"])
-    if there is not None:
-        if _controller(there).get("uid") != job_uid:
-            raise ChildRefused(constants.Reason.NAME_CONFLICT, _conflict(job_name, manifest, there))
-        if there["metadata"].get("deletionTimestamp"):
-            message = f"{kind} {metadata['name']} of an earlier attempt is still being deleted."
-            raise ChildRefused(constants.Reason.STARTING, message)
+    namespace, name = metadata["namespace"], metadata["name"]
     try:
-        await client.apply(manifest, field_manager=constants.FIELD_MANAGER, force=there is not None)
+        return await client.create(kind, namespace, manifest, field_manager=constants.FIELD_MANAGER)
     except ClusterError as error:
-        if error.status == 403 and "exceeded quota" in str(error):
-            message = f"{kind} {metadata['name']} cannot be created: {error}."
-            raise ChildRefused(constants.Reason.QUOTA_EXCEEDED, message) from error
-        if error.status in (400, 403, 422):
-            # Not the server's trouble: the same manifest is refused each time, so the status has to say it.
-            message = (
-                f"{kind} {metadata['name']} cannot be created: {error}. Correct spec.stages or the operator's defaults "
-                "for the stage, or let the namespace's policies admit it."
-            )
-            raise ChildRefused(constants.Reason.CHILD_REFUSED, message) from error
-        raise
+        if error.status == 409 and error.reason == "AlreadyExists":
+            return await _existing(client, manifest, job_name=job_name, job_uid=job_uid)
+        stage = metadata.get("labels", {}).get(constants.LABEL_STAGE, "")
+        refusal = judge_refusal(kind, name, stage, error.status, str(error))
+        if refusal is None:
+            raise
+        raise ChildRefused(refusal.reason, refusal.message) from error
+
+
+async def _existing(client: Client, manifest: Mapping[str, Any], *, job_name: str, job_uid: str) -> Raw:
+    kind, metadata = manifest["kind"], manifest["metadata"]
+    there = await client.find(kind, metadata["namespace"], metadata["name"])
+    if there is None:
+        raise ClusterError(409, "Conflict", f"{kind} {metadata['name']} came and went; to be tried again")
+    if _controller(there).get("uid") != job_uid:
+        raise ChildRefused(constants.Reason.NAME_CONFLICT, _conflict(job_name, manifest, there))
+    if there["metadata"].get("deletionTimestamp"):
+        message = f"{kind} {metadata['name']} of an earlier attempt is still being deleted."
+        raise ChildRefused(constants.Reason.STARTING, message)
+    return there
 
 
 def _controller(there: Raw) -> dict[str, Any]:
@@ -69,18 +73,26 @@ def _conflict(job_name: str, manifest: Mapping[str, Any], there: Raw) -> str:
     )
 
 
-async def write_record(client: Client, kind: str, namespace: str, name: str, annotations: Mapping[str, str]) -> None:
-    """Put an attempt's outcome on its child. A child that is gone meanwhile has nothing to remember."""
-    patch = {"metadata": {"annotations": dict(annotations)}}
+async def write_record(
+    client: Client, kind: str, namespace: str, name: str, annotations: Mapping[str, str], *, deadline: int | None = None
+) -> Raw | None:
+    """Put annotations on a child; the child after it, None when it is gone: then it has nothing to remember.
+
+    `deadline` is a Job's new activeDeadlineSeconds: outcome and stop are one write.
+    """
+    patch: Raw = {"metadata": {"annotations": dict(annotations)}}
+    if deadline is not None:
+        patch["spec"] = {"activeDeadlineSeconds": deadline}
     try:
         # No apply: that would create the child anew if somebody has just deleted it.
-        await client.merge(kind, namespace, name, patch, field_manager=RECORD_MANAGER)
+        return await client.merge(kind, namespace, name, patch, field_manager=RECORD_MANAGER)
     except ClusterError as error:
-        if error.status != 404:
-            raise
+        if error.status == 404:
+            return None
+        raise
 
 
-async def write_status(client: Client, namespace: str, name: str, uid: str, status: FineTuneJobStatus) -> str:
+async def write_status(client: Client, namespace: str, name: str, uid: str, status: FineTuneJobStatus) -> int:
     """The one status write; the object's resourceVersion after it."""
     manifest = {
         "apiVersion": constants.API_VERSION,
@@ -89,12 +101,12 @@ async def write_status(client: Client, namespace: str, name: str, uid: str, stat
         "status": status.as_json(),
     }
     after = await client.apply(manifest, field_manager=STATUS_MANAGER, subresource="status", force=True)
-    return str(after["metadata"]["resourceVersion"])
+    return int(after["metadata"]["resourceVersion"])
 
 
 async def post_event(
     client: Client,
-    regarding: Mapping[str, Any],
+    regarding: Mapping[str, str],
     reason: str,
     message: str,
     *,
@@ -102,12 +114,11 @@ async def post_event(
     now: datetime,
     instance: str,
 ) -> None:
-    """One event of a FineTuneJob."""
-    metadata = regarding["metadata"]
+    """One event of a FineTuneJob; `regarding` has its namespace, name and uid."""
     manifest = {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
-        "metadata": {"generateName": f"{metadata['name']}-", "namespace": metadata["namespace"]},
+        "metadata": {"generateName": f"{regarding['name']}-", "namespace": regarding["namespace"]},
         "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "reportingController": f"{constants.GROUP}/operator",
         "reportingInstance": instance or constants.FIELD_MANAGER,
@@ -115,12 +126,6 @@ async def post_event(
         "reason": reason,
         "note": message,
         "type": "Warning" if warning else "Normal",
-        "regarding": {
-            "apiVersion": constants.API_VERSION,
-            "kind": constants.KIND,
-            "namespace": metadata["namespace"],
-            "name": metadata["name"],
-            "uid": metadata["uid"],
-        },
+        "regarding": {"apiVersion": constants.API_VERSION, "kind": constants.KIND, **regarding},
     }
-    await client.create("Event", metadata["namespace"], manifest)
+    await client.create("Event", regarding["namespace"], manifest)

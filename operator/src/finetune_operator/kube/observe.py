@@ -1,67 +1,144 @@
-"""Reads of the API server: a FineTuneJob, its children, what its pods would mount.
+"""Reads of the API server that no watch answers: what pods would mount, quotas, queues, a pod's last log lines.
 
-Called by reconcile.py, which has the core parse them.
+Called by reconcile.py, which has the core parse them. What was found is believed for a few seconds, so that a thousand
+jobs of one namespace do not ask for one claim a thousand times; what was missing is asked for anew each time.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from dataclasses import dataclass
+import base64
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from typing import TypeVar
 
 from finetune_operator.api import constants
-from finetune_operator.kube.client import Client, ClusterError, Raw
+from finetune_operator.kube.client import Client, ClusterError, Raw, object_path
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
-class Children:
-    """Everything with one job's label, as the API server's JSON."""
-
-    jobs: list[Raw]
-    config_maps: list[Raw]
-    services: list[Raw]
-    pods: list[Raw]
+BELIEVED_SECONDS = 5.0
+MOST_BELIEVED = 10_000
+LOG_LIMIT_BYTES = 16384
 
 
 async def check_kind_is_served(client: Client) -> None:
     """ClusterError unless the API server serves FineTuneJobs: a watch of what is not there yet would never begin."""
     path = f"/apis/{constants.API_VERSION}"
-    try:
-        kinds = (await client.read(path)).get("resources") or []
-    except ClusterError as error:
-        if error.status != 404:
-            raise
-        kinds = []
+    kinds = (await read_if_served(client, path) or {}).get("resources") or []
     if not any(kind.get("name") == constants.PLURAL for kind in kinds):
         message = f"the API server does not serve {constants.PLURAL} at {path}: install CRD {constants.CRD_NAME}"
         raise ClusterError(404, "NotFound", message)
 
 
-async def read_job(client: Client, namespace: str, name: str) -> Raw | None:
-    """The FineTuneJob as it is now, or None when there is none."""
-    return await client.find(constants.KIND, namespace, name)
+async def read_if_served(client: Client, path: str) -> Raw | None:
+    """What lies at a path, such as a group's versions; None where there is nothing."""
+    try:
+        return await client.read(path)
+    except ClusterError as error:
+        if error.status == 404:
+            return None
+        raise
 
 
-async def observe_children(client: Client, namespace: str, selector: str) -> Children:
-    """The Jobs, ConfigMaps, Services and pods that have the labels of `selector`."""
-    # Jobs before pods: a Job seen complete beside pods as they were earlier would look as if it had lost them.
-    jobs = await client.list("Job", namespace, selector)
-    kinds = ("ConfigMap", "Service", "Pod")
-    config_maps, services, pods = await asyncio.gather(*(client.list(kind, namespace, selector) for kind in kinds))
-    return Children(jobs=jobs, config_maps=config_maps, services=services, pods=pods)
+async def delete_at(client: Client, path: str) -> None:
+    """Delete the object at a path; one that is gone is no error."""
+    try:
+        await client.delete_at(path)
+    except ClusterError as error:
+        if error.status != 404:
+            raise
 
 
-async def observe_claim(client: Client, namespace: str, name: str) -> str | None:
-    """Phase of a PersistentVolumeClaim, None when it does not exist."""
-    claim = await client.find("PersistentVolumeClaim", namespace, name)
-    return None if claim is None else str((claim.get("status") or {}).get("phase") or "Pending")
+async def list_children(client: Client, kind: str, namespace: str, selector: str) -> tuple[list[Raw], int]:
+    """(one kind of a FineTuneJob's children as they are now, past every cache; resourceVersion of the list)."""
+    answer = await client.read(object_path(kind, namespace), {"labelSelector": selector})
+    return answer.get("items") or [], int((answer.get("metadata") or {}).get("resourceVersion") or 0)
 
 
-async def observe_secret_keys(client: Client, namespace: str, names: Iterable[str]) -> dict[str, frozenset[str] | None]:
-    """The keys of each Secret, None for one that does not exist. No value is kept."""
-    wanted = sorted(set(names))
-    secrets = await asyncio.gather(*(client.find("Secret", namespace, name) for name in wanted))
-    return {
-        name: None if secret is None else frozenset(secret.get("data") or {})
-        for name, secret in zip(wanted, secrets, strict=True)
-    }
+async def read_log_tail(client: Client, namespace: str, pod: str, lines: int) -> str:
+    """The last lines of the stage's container in a pod; "" where there is no log any more or it may not be read."""
+    query = {"container": constants.CONTAINER_NAME, "tailLines": str(lines), "limitBytes": str(LOG_LIMIT_BYTES)}
+    try:
+        return await client.read_text(f"{object_path('Pod', namespace, pod)}/log", query)
+    except ClusterError:
+        return ""  # evidence is welcome, but nothing may fail for want of it
+
+
+async def read_secret_values(client: Client, namespace: str, references: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """The values of (Secret, key) pairs that exist: what a log must not show."""
+    values = []
+    for name, key in references:
+        secret = await client.find("Secret", namespace, name)
+        encoded = ((secret or {}).get("data") or {}).get(key)
+        if encoded:
+            values.append(base64.b64decode(encoded).decode(errors="replace").strip())
+    return tuple(value for value in values if value)
+
+
+class Facts:
+    """What is looked up before an attempt is begun. `clock` gives seconds that never go back."""
+
+    def __init__(self, client: Client, clock: Callable[[], float]) -> None:
+        self._client = client
+        self._clock = clock
+        self._believed: dict[tuple[str, ...], tuple[float, object]] = {}
+
+    async def find_claim(self, namespace: str, name: str) -> Raw | None:
+        """A PersistentVolumeClaim, None when it does not exist."""
+        return await self._found(
+            ("claim", namespace, name), lambda: self._client.find("PersistentVolumeClaim", namespace, name)
+        )
+
+    async def find_secret_keys(self, namespace: str, names: Iterable[str]) -> dict[str, frozenset[str] | None]:
+        """The keys of each Secret, None for one that does not exist. No value is kept."""
+
+        async def keys(name: str) -> frozenset[str] | None:
+            secret = await self._client.find("Secret", namespace, name)
+            return None if secret is None else frozenset(secret.get("data") or {})
+
+        wanted = sorted(set(names))
+        found = await asyncio.gather(
+            *(self._found(("secret", namespace, name), partial(keys, name)) for name in wanted)
+        )
+        return dict(zip(wanted, found, strict=True))
+
+    async def find_quotas(self, namespace: str) -> list[Raw]:
+        """The ResourceQuotas of a namespace; none where they may not be listed."""
+
+        async def quotas() -> list[Raw]:
+            try:
+                return await self._client.list("ResourceQuota", namespace)
+            except ClusterError as error:
+                if error.status == 403:
+                    return []
+                raise
+
+        return await self._found(("quotas", namespace), quotas) or []
+
+    async def find_at(self, path: str) -> Raw | None:
+        """An object at a path, such as a ClusterQueue; None where it is not, or may not be seen."""
+
+        async def read() -> Raw | None:
+            try:
+                return await read_if_served(self._client, path)
+            except ClusterError as error:
+                if error.status == 403:
+                    return None
+                raise
+
+        return await self._found(("path", path), read)
+
+    async def _found(self, key: tuple[str, ...], read: Callable[[], Awaitable[T | None]]) -> T | None:
+        until, value = self._believed.get(key, (0.0, None))
+        now = self._clock()
+        if value is not None and now < until:
+            return value  # type: ignore[return-value]
+        fresh = await read()
+        if len(self._believed) >= MOST_BELIEVED:
+            self._believed.clear()
+        if fresh is None:
+            self._believed.pop(key, None)
+        else:
+            self._believed[key] = (now + BELIEVED_SECONDS, fresh)
+        return fresh

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from finetune_operator.api import constants
-from finetune_operator.core import names
+from finetune_operator.core.observed import AttemptKey
 from finetune_operator.kube.client import Client
 from finetune_trainer import contract
 
@@ -23,41 +22,67 @@ MOST_REVIEWS = 4
 _POD_NAME = "authentication.kubernetes.io/pod-name"
 _POD_UID = "authentication.kubernetes.io/pod-uid"
 
+FindPod = Callable[[str, str], tuple[str, tuple[str, str], AttemptKey] | None]
+"""(namespace, pod's name) to (pod's uid, (namespace, FineTuneJob's name), (stage, digest label, attempt)); None for a
+pod that is no stage's, or not known yet. Asked of the cache of watched pods, not of the API server."""
+
 
 @dataclass(frozen=True)
 class Sender:
-    """The pod that posts, as the attempt that it belongs to."""
+    """The pod that posts, as the attempt that it belongs to. `digest` is the label of the stage's digest."""
 
     namespace: str
     job_name: str
     stage: str
     attempt: int
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class _Reviewed:
+    """What a TokenReview said, good until `until`: the pod that the token is bound to, "" for a refused token."""
+
+    until: float
+    namespace: str = ""
+    pod_name: str = ""
+    pod_uid: str = ""
+    sender: Sender | None = None
 
 
 class Senders:
     """Looks tokens up. `clock` gives seconds that never go back."""
 
-    def __init__(self, client: Client, clock: Callable[[], float]) -> None:
+    def __init__(self, client: Client, clock: Callable[[], float], find_pod: FindPod) -> None:
         self._client = client
         self._clock = clock
-        self._known: dict[str, tuple[float, Sender | None]] = {}
+        self._find_pod = find_pod
+        self._known: dict[str, _Reviewed] = {}
         self._reviews = asyncio.Semaphore(MOST_REVIEWS)
 
     async def find(self, token: str) -> Sender | None:
         """The sender of a valid token, None for any other; ClusterError when the API server cannot be asked."""
         key = hashlib.sha256(token.encode()).hexdigest()
-        now = self._clock()
-        until, sender = self._known.get(key, (0.0, None))
-        if now < until:
-            return sender
-        async with self._reviews:
-            sender = await self._review(token)
-        if len(self._known) >= CACHE_SIZE:
-            self._known.clear()
-        self._known[key] = (now + CACHE_SECONDS, sender)
-        return sender
+        reviewed = self._known.get(key)
+        if reviewed is None or self._clock() >= reviewed.until:
+            async with self._reviews:
+                reviewed = self._known.get(key)  # a post that waited before this one may have had it reviewed
+                if reviewed is None or self._clock() >= reviewed.until:
+                    reviewed = await self._review(token)
+                    self._keep(key, reviewed)
+        if reviewed.sender is None and reviewed.pod_name:
+            # A pod may post before its event has come: only what is found is kept.
+            sender = self._sender(reviewed)
+            if sender is not None:
+                reviewed = replace(reviewed, sender=sender)
+                self._keep(key, reviewed)
+        return reviewed.sender
 
-    async def _review(self, token: str) -> Sender | None:
+    def _keep(self, key: str, reviewed: _Reviewed) -> None:
+        if len(self._known) >= CACHE_SIZE and key not in self._known:
+            self._known.clear()
+        self._known[key] = reviewed
+
+    async def _review(self, token: str) -> _Reviewed:
         review = await self._client.post(
             "/apis/authentication.k8s.io/v1/tokenreviews",
             {
@@ -66,26 +91,23 @@ class Senders:
                 "spec": {"token": token, "audiences": [contract.PROGRESS_AUDIENCE]},
             },
         )
+        until = self._clock() + CACHE_SECONDS
         status = review.get("status") or {}
         if not status.get("authenticated") or contract.PROGRESS_AUDIENCE not in (status.get("audiences") or ()):
-            return None
+            return _Reviewed(until)
         user = status.get("user") or {}
         extra = user.get("extra") or {}
         parts = str(user.get("username") or "").split(":")
         name, uid = (next(iter(extra.get(field) or ()), "") for field in (_POD_NAME, _POD_UID))
         if parts[:2] != ["system", "serviceaccount"] or len(parts) != 4 or not name:
-            return None
-        return await self._sender(parts[2], name, uid)
+            return _Reviewed(until)
+        return _Reviewed(until, parts[2], name, uid)
 
-    async def _sender(self, namespace: str, pod_name: str, pod_uid: str) -> Sender | None:
-        pods = await self._client.list(
-            "Pod", namespace, names.managed_selector(), field_selector=f"metadata.name={pod_name}"
-        )
-        for pod in pods:
-            metadata = pod["metadata"]
-            labels = metadata["labels"]
-            attempt = labels.get(constants.LABEL_ATTEMPT, "")
-            if metadata["uid"] == pod_uid and attempt.isdigit():
-                job_name, stage = labels.get(constants.LABEL_JOB_NAME, ""), labels.get(constants.LABEL_STAGE, "")
-                return Sender(namespace, job_name, stage, int(attempt))
-        return None
+    def _sender(self, reviewed: _Reviewed) -> Sender | None:
+        found = self._find_pod(reviewed.namespace, reviewed.pod_name)
+        if found is None:
+            return None
+        uid, (namespace, job_name), (stage, digest, attempt) = found
+        if uid != reviewed.pod_uid:
+            return None  # a pod of that name which is not the token's
+        return Sender(namespace, job_name, stage, attempt, digest)

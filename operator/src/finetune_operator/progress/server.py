@@ -1,7 +1,8 @@
 """POST /v1/progress: authenticated, checked, kept in memory; the job's reconcile is woken to show it.
 
-Started by handlers.py where the installation has an endpoint. The newest post of each job is kept and nothing else; a
-restart of the operator forgets it, and the next post is two seconds away.
+Started by handlers.py where the installation has an endpoint, in each replica: the Service does not know which one
+leads, so one that stands by passes posts on to the leader (forwarder.py). The newest post of each job is kept and
+nothing else; a restart of the operator forgets it, and the next post is two seconds away.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from aiohttp import web
 
 from finetune_operator.core.figures import Progress
 from finetune_operator.kube.client import ClusterError
-from finetune_operator.progress.certificates import Authority, make_serving_pair
+from finetune_operator.listening import listen
+from finetune_operator.progress.certificates import Authorities, make_serving_pair, needs_serving_pair
+from finetune_operator.progress.forwarder import Forwarder, Unreachable, was_forwarded
 from finetune_operator.progress.senders import Sender, Senders
 
 logger = logging.getLogger(__name__)
 
 BODY_MAX_BYTES = 4096
-WAKE_SECONDS = 5.0
+PHASE_MAX_LENGTH = 32
+WAKE_SECONDS = 10.0
 """A job's status follows its posts at most this often."""
 
 Key = tuple[str, str]
@@ -50,12 +54,8 @@ class ProgressStore:
     def keep(self, sender: Sender, facts: Mapping[str, Any], now: datetime) -> None:
         """Take what a sender posted; ValueError names a field that is wrong."""
         key = (sender.namespace, sender.job_name)
-        posted = parse_progress(sender, facts)
-        before = self._newest.get(key)
-        if posted.checkpoint_step is not None:
-            same = before is not None and before.checkpoint_step == posted.checkpoint_step
-            posted = replace(posted, checkpoint_time=before.checkpoint_time if same and before is not None else now)
-        self._newest[key] = posted
+        posted, before = parse_progress(sender, facts), self._newest.get(key)
+        self._newest[key] = _dated(posted, before, now)
         self._wake_soon(key)
 
     def _wake_soon(self, key: Key) -> None:
@@ -68,8 +68,36 @@ class ProgressStore:
         self._wake(key, due - now)
 
     def forget(self, key: Key) -> None:
+        """The job is gone."""
         self._newest.pop(key, None)
         self._woken.pop(key, None)
+
+    def clear(self) -> None:
+        """Forget every post: what was kept before another replica led says nothing about who hangs now."""
+        self._newest.clear()
+        self._woken.clear()
+
+
+def _dated(posted: Progress, before: Progress | None, now: datetime) -> Progress:
+    """The post with the times at which its checkpoint was first posted and at which anything in it last advanced."""
+    if before is not None and (before.stage, before.digest, before.attempt) != (
+        posted.stage,
+        posted.digest,
+        posted.attempt,
+    ):
+        before = None
+    checkpoint_time = None
+    if posted.checkpoint_step is not None:
+        same = before is not None and before.checkpoint_step == posted.checkpoint_step
+        checkpoint_time = before.checkpoint_time if same and before is not None else now
+    advanced_at = now
+    if before is not None and _position(before) == _position(posted):
+        advanced_at = before.advanced_at or now
+    return replace(posted, checkpoint_time=checkpoint_time, advanced_at=advanced_at)
+
+
+def _position(progress: Progress) -> tuple[int, int | None, str]:
+    return (progress.step, progress.checkpoint_step, progress.phase)
 
 
 def parse_progress(sender: Sender, facts: Mapping[str, Any]) -> Progress:
@@ -79,6 +107,9 @@ def parse_progress(sender: Sender, facts: Mapping[str, Any]) -> Progress:
     if step is None or total is None:
         raise ValueError("step and totalSteps are required")
     checkpoint = _number(facts, "lastCheckpoint", whole=True)
+    phase = facts.get("phase") or ""
+    if not isinstance(phase, str) or len(phase) > PHASE_MAX_LENGTH:
+        raise ValueError(f"phase must be a text of at most {PHASE_MAX_LENGTH} characters")
     return Progress(
         stage=sender.stage,
         attempt=sender.attempt,
@@ -88,6 +119,8 @@ def parse_progress(sender: Sender, facts: Mapping[str, Any]) -> Progress:
         tokens_per_second=_number(facts, "tokensPerSecond"),
         checkpoint_step=None if checkpoint is None else int(checkpoint),
         seconds_left=_number(facts, "secondsLeft"),
+        digest=sender.digest,
+        phase=phase,
     )
 
 
@@ -106,45 +139,68 @@ def _number(facts: Mapping[str, Any], name: str, *, whole: bool = False, negativ
 
 
 class ProgressServer:
-    """The endpoint, from start() to stop(). `now` reads the clock."""
+    """The endpoint, from start() to stop(). `now` reads the clock. Without a forwarder, posts end here."""
 
-    def __init__(self, store: ProgressStore, senders: Senders, now: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        store: ProgressStore,
+        senders: Senders,
+        now: Callable[[], datetime],
+        forwarder: Forwarder | None = None,
+    ) -> None:
         self._store = store
         self._senders = senders
         self._now = now
+        self._forwarder = forwarder
+        self._url = ""
+        self._certificate: bytes | None = None
+        self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self._context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._runner: web.AppRunner | None = None
 
-    async def start(self, authority: Authority, url: str, port: int) -> None:
+    async def start(self, authorities: Authorities, url: str, port: int) -> None:
         """Serve the path of `url` on `port` of every address."""
+        self._url = url
+        self.renew(authorities)
         app = web.Application(client_max_size=BODY_MAX_BYTES)
         app.router.add_post(urlsplit(url).path or "/", self._post)
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1)
         await self._runner.setup()
-        context = self._context(authority, url)
-        await web.TCPSite(self._runner, host="0.0.0.0", port=port, ssl_context=context).start()  # noqa: S104
+        await listen(self._runner, port, self._context)
         logger.info("progress endpoint serves %s on port %d", url, port)
 
-    async def stop(self) -> None:
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
-
-    def _context(self, authority: Authority, url: str) -> ssl.SSLContext:
-        certificate, key = make_serving_pair(authority, url, self._now())
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    def renew(self, authorities: Authorities) -> bool:
+        """Serve with a new certificate from the next connection on, if it is time; whether it was. Stops nothing."""
+        if self._forwarder is not None:
+            self._forwarder.trust(authorities)
+        if not needs_serving_pair(self._certificate, authorities.current, self._now()):
+            return False
+        certificate, key = make_serving_pair(authorities.current, self._url, self._now())
         with tempfile.TemporaryDirectory() as folder:  # the ssl module takes files only
             paths = (Path(folder) / "tls.crt", Path(folder) / "tls.key")
             for path, content in zip(paths, (certificate, key), strict=True):
                 path.touch(mode=0o600)
                 path.write_bytes(content)
-            context.load_cert_chain(*paths)
-        return context
+            self._context.load_cert_chain(*paths)
+        self._certificate = certificate
+        return True
+
+    async def stop(self) -> None:
+        """Serve no more. Harmless when it was not started."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+        if self._forwarder is not None:
+            await self._forwarder.close()
 
     async def _post(self, request: web.Request) -> web.Response:
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        authorization = request.headers.get("Authorization", "")
+        scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token:
             return web.Response(status=401, text="a bearer token is required\n")
+        body = await request.read()
+        if self._forwarder is not None and not self._forwarder.is_leader():
+            return await self._pass_on(self._forwarder, authorization, body, again=was_forwarded(request.headers))
         try:
             sender = await self._senders.find(token.strip())
         except ClusterError as error:
@@ -153,13 +209,23 @@ class ProgressServer:
         if sender is None:
             return web.Response(status=403, text="the token is not one of a stage's pod\n")
         try:
-            facts = json.loads(await request.text())
+            facts = json.loads(body)
             if not isinstance(facts, dict):
                 raise ValueError("the body must be an object")
             self._store.keep(sender, facts, self._now())
         except ValueError as error:
             return web.Response(status=400, text=f"{error}\n")
         return web.Response(status=204)
+
+    async def _pass_on(self, forwarder: Forwarder, authorization: str, body: bytes, *, again: bool) -> web.Response:
+        """The leader's answer to a post that came to a replica which stands by; 503 while there is none."""
+        if again:  # the lead has just changed hands: no post goes round in circles
+            return web.Response(status=503, text="this replica does not lead\n")
+        try:
+            status, text = await forwarder.forward(authorization, body)
+        except Unreachable as error:
+            return web.Response(status=503, text=f"{error}\n")
+        return web.Response(status=status, text=text or None)
 
 
 def monotonic() -> float:

@@ -30,6 +30,7 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.documents import Collected, collect_documents
 from finetune_trainer.errors import UserError
+from finetune_trainer.model_shape import read_model_shape
 from finetune_trainer.rejections import Rejections
 from finetune_trainer.sources import open_source
 from finetune_trainer.sources.datasets import fetch_dataset
@@ -171,7 +172,7 @@ def run(config: StageConfig) -> Report:
             writer.write(DATA_FILE, canonical_json(data))
             writer.write(REJECTED_FILE, read.rejections.as_lines())
             writer.versions.update({name: importlib.metadata.version(name) for name in ("transformers", "tokenizers")})
-            keep_report(writer, _metrics(data), artifacts)
+            keep_report(writer, _metrics(data, model), artifacts)
     finally:
         spool.close()
     return finished_report(config)
@@ -252,9 +253,11 @@ def _describe(args: Args, plan: _Plan, encoder: Encoder, read: Collected) -> dic
     }
 
 
-def _metrics(data: Mapping[str, Any]) -> dict[str, Any]:
+def _metrics(data: Mapping[str, Any], model: Path) -> dict[str, Any]:
+    """What the report says: the data's figures, and the model's sizes, by which the operator checks what follows."""
     names = ("rows", "documents", "validationDocuments", "tokens", "supervisedTokens", "maxSteps", "epochs", "rejected")
-    return {name: data[name] for name in names}
+    shape = read_model_shape(model)
+    return {**{name: data[name] for name in names}, **({} if shape is None else {"model": shape})}
 
 
 def _check_length(model: Path, max_length: int) -> None:

@@ -1,0 +1,1 @@
+"""The operator's scale benchmark: see ../bench.py."""
