@@ -311,10 +311,12 @@ def test_a_faulty_node_ends_the_attempt_at_once_and_costs_no_retry(change: objec
     simulation = training()
     simulation.change(retryPolicy={"maxRetries": 0})
     change(simulation)  # type: ignore[operator]
+    first = simulation.step()
     simulation.settle()
     status = simulation.settle(5)
     (attempt,) = status.attempts
     assert (attempt.reason, attempt.node, attempt.counted) == (reason, "n2", False)
+    assert attempt.end_time == first.attempts[0].end_time is not None, "told once"
     assert words in attempt.message
     assert simulation.created_jobs[-1].endswith("-2")
     assert status.phase == "Training"

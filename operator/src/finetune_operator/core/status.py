@@ -103,7 +103,7 @@ def derive_status(
         stages=tuple(_stage_status(stage, problem, current, observed, now) for stage in pipeline.stages),
         training=derive_training(pipeline, progress, before.training),
         evaluation=derive_evaluation(pipeline),
-        attempts=tuple(_attempts(pipeline, before))[-MAX_ATTEMPTS:],
+        attempts=tuple(_attempts(pipeline, before, now))[-MAX_ATTEMPTS:],
         restarts=pipeline.restarts,
         artifacts=derive_artifacts(pipeline),
         trainable_parameters=derive_trainable_parameters(pipeline),
@@ -345,7 +345,7 @@ MAX_ATTEMPT_LOG_LINES = 5
 """Of an attempt that is past; the stage's status has more of its newest one."""
 
 
-def _attempts(pipeline: Pipeline, before: FineTuneJobStatus) -> Iterable[AttemptStatus]:
+def _attempts(pipeline: Pipeline, before: FineTuneJobStatus, now: datetime) -> Iterable[AttemptStatus]:
     """Every end that was none: failed attempts, and preemptions of one that went on later."""
     known = {(each.stage, each.attempt, each.reason, each.end_time): each for each in before.attempts}
     for stage in pipeline.stages:
@@ -369,7 +369,8 @@ def _attempts(pipeline: Pipeline, before: FineTuneJobStatus) -> Iterable[Attempt
                 stage=stage.name,
                 attempt=attempt.number,
                 job_name=attempt.name or None,
-                end_time=outcome.finished_at,
+                # An end that was only just judged is recorded in this round, with this time.
+                end_time=outcome.finished_at or whole_second(now),
                 reason=str(outcome.reason),
                 message=outcome.message[:4096],
                 exit_code=outcome.exit_code,
