@@ -11,7 +11,7 @@ all along (KEP-5504, comparable resource version).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -411,8 +411,3 @@ def _parse_cached_job(raw: Raw, key: Key, version: int, known: CachedJob | None)
         return replace(cached, job=parse_job(raw))
     except SpecError as error:
         return replace(cached, error=error)
-
-
-def iterate_live(cache: Cache) -> Iterator[CachedJob]:
-    """The jobs that are not at their end."""
-    return (job for job in cache.jobs() if job.status.completion_time is None)
