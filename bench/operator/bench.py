@@ -30,7 +30,9 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().with_name("operator_bench")))
 import cluster
 import other_operators
 from cluster import BenchProblem
-from measures import Run, cpu_seconds, peak_memory_mb, requests_table, result
+from measures import Run, component_seconds, cpu_seconds, peak_memory_mb, requests_table, result
 from operator_process import OperatorProcess
 from other_operators import OtherOperatorRan
 from raw_api import FINETUNEJOBS, Api, read_access
@@ -48,10 +50,20 @@ from workload import ENVIRONMENT, STAGES, chain_name, finetune_job
 PROGRAMS = Path(__file__).resolve().with_name("operator_bench")
 SUBMITTED_AT_ONCE = 32
 WARM_UP_SECONDS = 120.0
+CLIENT_SECONDS = 10.0
+"""After the observer has seen everything, the floor's client has too."""
 
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+@dataclass(frozen=True)
+class Meter:
+    """What has been spent so far: requests of all components, processor seconds of the cluster's parts."""
+
+    requests: Counter[str]
+    components: Counter[str]
 
 
 class Bench:
@@ -79,11 +91,14 @@ class Bench:
         client = await _start(stack, PROGRAMS / "floor.py", namespace, str(jobs))
         await _line(client, "ready")
         observation = await self._observe(namespace, jobs, stack)
-        before = await cluster.count_requests(self._api)
+        before = await self._read_meter()
         assert client.stdin is not None
         client.stdin.write(b"go\n")
         seen = await observation
-        told = json.loads(await _line(client))
+        try:
+            told = json.loads(await asyncio.wait_for(_line(client), CLIENT_SECONDS))
+        except TimeoutError as error:
+            raise BenchProblem("the floor's client waits for a Job that never was complete") from error
         spent, memory = told["cpu_seconds"], told["memory_mb"]
         return await self._judge("floor", jobs, seen, told["begun"], before, spent, memory, told["errors"])
 
@@ -98,7 +113,7 @@ class Bench:
         stack.callback(operator.end)
         await self._warm_up(namespace)
         observation = await self._observe(namespace, jobs, stack, "--finetunejobs")
-        before, cpu = await cluster.count_requests(self._api), cpu_seconds(operator.pid)
+        before, cpu = await self._read_meter(), cpu_seconds(operator.pid)
         begun = time.monotonic()
         errors = await self._submit(namespace, jobs)
         seen = await observation
@@ -106,6 +121,9 @@ class Bench:
         errors += [line for line in log.read_text().splitlines() if _is_trouble(line)]
         errors += [f"{name} is {phase}" for name, phase in seen["phases"].items() if phase != "Succeeded"]
         return await self._judge("operator", jobs, seen, begun, before, spent, memory, errors)
+
+    async def _read_meter(self) -> Meter:
+        return Meter(await cluster.count_requests(self._api), component_seconds())
 
     async def _warm_up(self, namespace: str) -> None:
         """One job through all stages: what the operator does once in its life is no part of the run."""
@@ -159,13 +177,14 @@ class Bench:
         jobs: int,
         seen: Any,
         begun: float,
-        before: Any,
+        before: Meter,
         cpu: float,
         memory: float,
         errors: list[str],
     ) -> Run:
         await asyncio.sleep(cluster.SETTLE_SECONDS)
-        requests = await cluster.count_requests(self._api) - before
+        after = await self._read_meter()
+        requests = after.requests - before.requests
         requests["LIST finetunejobs"] -= seen["lists_of_finetunejobs"]
         after_end, after_complete = [], []
         errors = [*errors, *(f"Job {name} failed" for name in seen["failed_jobs"])]
@@ -193,6 +212,7 @@ class Bench:
             cpu_seconds=cpu,
             memory_mb=memory,
             errors=len(errors),
+            components=after.components - before.components,
             notes=tuple(errors[:10]),
         )
 

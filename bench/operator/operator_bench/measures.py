@@ -21,6 +21,7 @@ NOISE_RESOURCES = frozenset(
 API server's own endpoints."""
 NOISE_VERBS = frozenset({"WATCH", "CONNECT"})
 """Watches are counted by the API server at their end: when one ends is no work of a run."""
+COMPONENTS = frozenset({"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kueue", "kwok"})
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -50,22 +51,25 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def component_seconds() -> Counter[str]:
+    """Processor time so far of the cluster's parts that run on this machine, by name; empty for a cluster elsewhere."""
+    spent: Counter[str] = Counter()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (folder / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace").rpartition("/")[2]
+            if name in COMPONENTS:
+                spent[name] += cpu_seconds(int(folder.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return spent
+
+
 def peak_memory_mb(pid: int) -> float:
     """Largest resident set of a process so far, in MB (1024 kB)."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     if found is None:
         raise RuntimeError(f"/proc/{pid}/status has no VmHWM")
     return int(found[1]) / 1024
-
-
-@dataclass
-class StageTimes:
-    """When the observer saw what of one stage of one chain, in seconds of the monotonic clock."""
-
-    created: float | None = None
-    ended: float | None = None
-    complete: float | None = None
-    jobs: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,9 @@ class Run:
     cpu_seconds: float
     memory_mb: float
     errors: int
-    notes: tuple[str, ...] = field(default=())
+    components: Mapping[str, float] = field(default_factory=dict)
+    """Processor seconds of each part of the cluster on this machine during the run."""
+    notes: tuple[str, ...] = ()
 
     @property
     def rate(self) -> float:
@@ -113,6 +119,9 @@ class Run:
             "requests_per_job": round(sum(self.requests.values()) / self.jobs, 2),
             "requests_per_job_by_verb": _per_job(_by_verb(self.requests), self.jobs),
             "cpu_s_per_job": round(self.cpu_seconds / self.jobs, 4),
+            "cluster_cpu_s_per_job": {
+                name: round(spent / self.jobs, 3) for name, spent in sorted(self.components.items())
+            },
             "memory_mb": round(self.memory_mb, 1),
             "errors": self.errors,
             "notes": list(self.notes),

@@ -92,9 +92,11 @@ def test_the_result_compares_medians_of_both_arms_and_adds_all_errors() -> None:
 
 
 def test_a_run_tells_its_requests_by_verb_per_job() -> None:
-    line = run("floor", requests={"POST jobs": 70, "POST pods": 70, "PUT jobs/status": 155}).as_json()
+    requests = {"POST jobs": 70, "POST pods": 70, "PUT jobs/status": 155}
+    line = run("floor", requests=requests, components={"etcd": 1.5}).as_json()
     assert line["requests_per_job_by_verb"] == {"POST": 14.0, "PUT": 15.5}
     assert line["requests_per_job"] == 29.5
+    assert line["cluster_cpu_s_per_job"] == {"etcd": 0.15}
     assert line["jobs_per_s"] == 5.0
 
 
