@@ -179,6 +179,21 @@ def test_the_steps_of_a_pods_start_are_not_urgent_and_its_end_is() -> None:
     assert cache.put(POD, ended) == [Wake(KEY, urgent=True)]
 
 
+def test_a_stages_pod_is_found_by_its_name_until_it_is_gone() -> None:
+    recorder = Recorder()
+    recorder.play([])
+    cache = Cache()
+    feed(cache, recorder.events)
+    pod = next(raw for _, kind, raw in recorder.events if kind == POD)
+    name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
+    found = cache.find_pod("team-a", name)
+    assert found is not None
+    assert (found[0], found[1], found[2][0]) == (uid, KEY, "prepare")
+    assert cache.find_pod("team-b", name) is None
+    cache.remove(POD, pod)
+    assert cache.find_pod("team-a", name) is None
+
+
 def test_a_node_wakes_the_jobs_with_live_pods_on_it_and_its_deletion_is_remembered() -> None:
     recorder = Recorder()
     recorder.play([])

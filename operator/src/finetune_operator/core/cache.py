@@ -104,6 +104,8 @@ class Cache:
         self._children: dict[str, _Children] = {}
         self._where: dict[tuple[str, str], str] = {}
         """(kind, uid of a child) -> uid of its FineTuneJob."""
+        self._pods: dict[Key, str] = {}
+        """Namespace and name of a pod -> its uid."""
         self._gone: dict[str, int] = {}
         """uid -> resourceVersion of objects that were deleted: a late event must not bring them back."""
         self.nodes: dict[str, NodeState] = {}
@@ -227,11 +229,11 @@ class Cache:
 
     def find_pod(self, namespace: str, name: str) -> tuple[str, Key, AttemptKey] | None:
         """(uid, job, attempt) of a stage's pod; None for any other."""
-        for children in self._children.values():
-            for uid, child in children.by_kind[POD].items():
-                if child.name == name and child.key[0] == namespace:
-                    return uid, child.key, child.attempt
-        return None
+        uid = self._pods.get((namespace, name))
+        if uid is None:
+            return None
+        child = self._children[self._where[POD, uid]].by_kind[POD][uid]
+        return uid, child.key, child.attempt
 
     def count_children(self) -> Mapping[str, int]:
         """Number of objects held by kind."""
@@ -272,6 +274,8 @@ class Cache:
         value = _PARSERS[kind](raw)
         children.by_kind[kind][uid] = _Child(version, key, owner, attempt, metadata["name"], value)
         self._where[kind, uid] = owner
+        if kind == POD:
+            self._pods[key[0], metadata["name"]] = uid
         if before is not None and before.value == value and before.attempt == attempt:
             return []
         children.observed = None
@@ -284,6 +288,8 @@ class Cache:
         if owner is None or children is None or child is None:
             return []
         self._bury(uid, child.version)
+        if self._pods.get((child.key[0], child.name)) == uid:
+            del self._pods[child.key[0], child.name]
         children.observed = None
         if children.is_empty():
             del self._children[owner]
