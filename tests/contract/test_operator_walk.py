@@ -54,7 +54,7 @@ def test_a_job_walks_all_stages_and_tells_its_story(namespace: str, operator: Op
             if event["regarding"]["kind"] == "FineTuneJob"
         }
 
-    wanted = {"StageStarted", "StageSucceeded", "Succeeded"}
+    wanted = {"StageStarted", "StageSucceeded", "CheckpointVerified", "EvalPassed"}
     kube.eventually(lambda: reasons() == wanted, deadline=10, reason=f"the events {wanted}")
     peak = operator.peak_memory_mb()
     print(f"operator: peak memory {peak:.0f} MB")

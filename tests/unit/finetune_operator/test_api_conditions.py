@@ -6,7 +6,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from finetune_operator.api.conditions import MESSAGE_MAX_LENGTH, find_condition, is_false, is_true, with_condition
+from finetune_operator.api.conditions import MESSAGE_MAX_LENGTH, find_condition, with_condition
 from finetune_operator.api.constants import STAGE_CONDITIONS, STAGE_PHASES, ConditionType, Reason
 from finetune_operator.api.status import Condition, ConditionStatus
 from finetune_trainer import contract
@@ -77,10 +77,9 @@ def test_a_message_beyond_the_bound_is_cut_with_an_ellipsis() -> None:
     assert condition.message.endswith("…")
 
 
-def test_an_absent_or_unknown_condition_is_neither_true_nor_false() -> None:
+def test_an_absent_condition_is_not_found() -> None:
     conditions = put((), ConditionType.TRAINED, "Unknown")
-    for kind in (ConditionType.TRAINED, ConditionType.MERGED):
-        assert (is_true(conditions, kind), is_false(conditions, kind)) == (False, False)
+    assert find_condition(conditions, ConditionType.TRAINED) == conditions[0]
     assert find_condition(conditions, ConditionType.MERGED) is None
 
 

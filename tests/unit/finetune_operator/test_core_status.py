@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import timedelta
 
 import pytest
@@ -9,7 +10,7 @@ from builders import job_body
 from simulated import START, Simulation
 
 from finetune_operator.api.constants import Reason
-from finetune_operator.api.status import FineTuneJobStatus
+from finetune_operator.api.status import Checkpoint, FineTuneJobStatus, TrainingStatus
 from finetune_operator.core.events import derive_events
 from finetune_operator.core.failure import Waiting
 from finetune_operator.core.figures import Progress
@@ -152,14 +153,54 @@ def test_events_tell_each_transition_once() -> None:
         "StageSucceeded",
         "StageFailed!",
         "AttemptRestarted",
-        "Suspended",
-        "Resumed",
         "StageSucceeded",
         "StageSucceeded",
         "StageSucceeded",
         "StageSucceeded",
-        "Succeeded",
+        "EvalPassed",
     ]
+
+
+STEPS = (
+    (5, None),
+    (12, Checkpoint(step=10)),
+    (13, Checkpoint(step=10)),
+    (30, Checkpoint(step=30)),
+    (22, Checkpoint(step=20)),
+)
+"""(step, last checkpoint) of status after status; the last is of an attempt that went back."""
+
+
+def test_events_tell_each_checkpoint_once() -> None:
+    at = [FineTuneJobStatus(training=TrainingStatus(step=s, total_steps=40, last_checkpoint=c)) for s, c in STEPS]
+    told = [
+        f"{event.reason}: {event.message}"
+        for before, after in itertools.pairwise([FineTuneJobStatus(), *at])
+        for event in derive_events(before, after)
+    ]
+    assert told == [
+        "CheckpointVerified: train: the checkpoint of step 10 of 40 is complete.",
+        "CheckpointVerified: train: the checkpoint of step 30 of 40 is complete.",
+    ]
+
+
+def test_a_missed_gate_and_spent_retries_are_told_once_each() -> None:
+    simulation = Simulation(body=job_body(evaluate={"gate": {"maxLossRatioToBase": 0.5}}))
+    for stage in ("prepare", "train", "consolidate", "merge"):
+        simulation.settle()
+        simulation.run_stage(stage)
+    before = simulation.settle()
+    simulation.run_stage("evaluate", baseLoss=2.0, tunedLoss=1.5)
+    missed = derive_events(before, simulation.settle())
+    assert [(event.reason, event.warning) for event in missed] == [("EvalFailed", True)]
+    assert "maxLossRatioToBase" in missed[0].message
+
+    simulation = Simulation(body=job_body(retryPolicy={"maxRetries": 0}))
+    before = simulation.settle()
+    simulation.fail_stage("prepare", ExitCode.RETRYABLE)
+    spent = derive_events(before, simulation.settle())
+    assert [event.reason for event in spent] == ["StageFailed", "StageFailed"]
+    assert spent[1].message.startswith("RetriesExhausted: ")
 
 
 def test_an_events_note_is_cut_by_bytes_as_the_api_server_counts_them() -> None:

@@ -21,18 +21,6 @@ def find_condition(conditions: Iterable[Condition], condition_type: str) -> Cond
     return next((condition for condition in conditions if condition.type == condition_type), None)
 
 
-def is_true(conditions: Iterable[Condition], condition_type: str) -> bool:
-    """True when the condition is there with status True."""
-    condition = find_condition(conditions, condition_type)
-    return condition is not None and condition.status == "True"
-
-
-def is_false(conditions: Iterable[Condition], condition_type: str) -> bool:
-    """True when the condition is there with status False; an absent or Unknown one is neither."""
-    condition = find_condition(conditions, condition_type)
-    return condition is not None and condition.status == "False"
-
-
 def cut_message(message: str) -> str:
     """The message within the API's bound, marked with an ellipsis where it was longer."""
     return message if len(message) <= MESSAGE_MAX_LENGTH else message[: MESSAGE_MAX_LENGTH - 1] + "…"

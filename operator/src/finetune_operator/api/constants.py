@@ -188,23 +188,26 @@ class Reason(Word):
 
 
 class EventReason(Word):
-    """Reasons of the events posted on a FineTuneJob; there are no others."""
+    """Reasons of the events posted on a FineTuneJob; there are no others.
+
+    A job's end has no reason of its own: it is its last stage's, or the condition Succeeded that says so.
+    """
 
     STAGE_STARTED = "StageStarted", "A stage began; not said of one that follows another at once."
     STAGE_SUCCEEDED = "StageSucceeded", "A stage's artifact is complete."
-    STAGE_REUSED = "StageReused", "A stage found its artifact complete."
-    STAGE_FAILED = "StageFailed", "An attempt of a stage ended without its artifact."
+    STAGE_SKIPPED = "StageSkipped", "A stage found its artifact complete: nothing was run."
+    STAGE_FAILED = "StageFailed", "An attempt of a stage ended without its artifact, or its retries or time are spent."
     ATTEMPT_RESTARTED = "AttemptRestarted", "A stage runs again after a failure: how long it took, and the steps lost."
+    CHECKPOINT_VERIFIED = "CheckpointVerified", "A new checkpoint of the training is complete: it can be resumed from."
     QUEUED = "Queued", "A stage waits for Kueue to admit it."
     ADMITTED = "Admitted", "Kueue admitted a stage that had waited."
     PREEMPTED = "Preempted", "An attempt was stopped to make room for another."
     NODE_FAULT_DETECTED = "NodeFaultDetected", "The node of a pod is faulty or gone; the attempt was ended at once."
     HANG_DETECTED = "HangDetected", "A training made no step for too long, and was stopped."
+    EVAL_PASSED = "EvalPassed", "Base and tuned model were compared, and every threshold of the gate is met."
+    EVAL_FAILED = "EvalFailed", "The tuned model missed a threshold of spec.evaluate.gate."
+    PUBLISHED = "Published", "The result is where spec.publish asks for it."
     VALIDATION_FAILED = "ValidationFailed", "The spec is wrong or asks for what is not available."
-    SUSPENDED = "Suspended", "The job was suspended."
-    RESUMED = "Resumed", "The job goes on after a suspension."
-    SUCCEEDED = "Succeeded", "The job succeeded."
-    FAILED = "Failed", "The job failed."
 
 
 STAGE_CONDITIONS = MappingProxyType(

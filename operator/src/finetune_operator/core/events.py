@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from finetune_operator.api.conditions import find_condition, is_true
+from finetune_operator.api.conditions import find_condition
 from finetune_operator.api.constants import ConditionType, EventReason, Reason, StageState
-from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus, StageStatus
+from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus, StageStatus, TrainingStatus
 
 MESSAGE_MAX_BYTES = 1024
 """Longest note that the API server takes: it counts bytes of UTF-8."""
@@ -57,14 +57,41 @@ def _events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Iterator[Eve
     )
     for stage in after.stages:
         yield from _stage_events(known.get(stage.name), stage, handed_over=handed_over)
-    if _turned(before, after, ConditionType.SUSPENDED, "True"):
-        yield Event(EventReason.SUSPENDED, "No pod of the job is left.")
-    if is_true(before.conditions, ConditionType.SUSPENDED) and not is_true(after.conditions, ConditionType.SUSPENDED):
-        yield Event(EventReason.RESUMED, "The job goes on with what is done already.")
-    if _turned(before, after, ConditionType.SUCCEEDED, "True"):
-        yield Event(EventReason.SUCCEEDED, after.message or "")
-    elif _turned(before, after, ConditionType.SUCCEEDED, "False"):
-        yield Event(EventReason.FAILED, f"{after.reason}: {after.message}", warning=True)
+    yield from _checkpoint_events(before.training, after.training)
+    yield from _verdict_events(before, after)
+
+
+def _checkpoint_events(before: TrainingStatus | None, after: TrainingStatus | None) -> Iterator[Event]:
+    newest = after.last_checkpoint if after is not None else None
+    known = before.last_checkpoint if before is not None else None
+    if after is not None and newest is not None and (known is None or newest.step > known.step):
+        of = f" of {after.total_steps}" if after.total_steps is not None else ""
+        yield Event(EventReason.CHECKPOINT_VERIFIED, f"train: the checkpoint of step {newest.step}{of} is complete.")
+
+
+_ENDS = (Reason.RETRIES_EXHAUSTED, Reason.DEADLINE_EXCEEDED)
+"""Ends of a job that no attempt's own end tells."""
+
+
+def _verdict_events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Iterator[Event]:
+    if _turned(before, after, ConditionType.EVALUATED, "True"):
+        yield Event(EventReason.EVAL_PASSED, _losses(after))
+    missed = find_condition(after.conditions, ConditionType.EVALUATED)
+    if missed is not None and missed.reason == Reason.GATE_NOT_MET:
+        if _turned(before, after, ConditionType.EVALUATED, "False"):
+            yield Event(EventReason.EVAL_FAILED, missed.message, warning=True)
+    elif after.reason in _ENDS and _turned(before, after, ConditionType.SUCCEEDED, "False"):
+        yield Event(EventReason.STAGE_FAILED, f"{after.reason}: {after.message}", warning=True)
+    if _turned(before, after, ConditionType.PUBLISHED, "True"):
+        published = find_condition(after.conditions, ConditionType.PUBLISHED)
+        yield Event(EventReason.PUBLISHED, published.message if published is not None else "")
+
+
+def _losses(status: FineTuneJobStatus) -> str:
+    found = status.evaluation
+    if found is None or found.base_loss is None or found.tuned_loss is None:
+        return "evaluate: base and tuned model were compared."
+    return f"evaluate: held-out loss {found.base_loss:g} of the base model, {found.tuned_loss:g} of the tuned model."
 
 
 _DONE = (StageState.SUCCEEDED, StageState.REUSED)
@@ -106,9 +133,9 @@ def _stage_events(before: StageStatus | None, after: StageStatus, *, handed_over
     if after.state == state and same_inputs:
         return
     if after.state in _DONE:
-        kind = EventReason.STAGE_SUCCEEDED if after.state == StageState.SUCCEEDED else EventReason.STAGE_REUSED
+        kind = EventReason.STAGE_SUCCEEDED if after.state == StageState.SUCCEEDED else EventReason.STAGE_SKIPPED
         path = after.artifact.path if after.artifact is not None else ""
-        yield Event(kind, f"{after.name}: {path}" + (" was there already" if kind == EventReason.STAGE_REUSED else ""))
+        yield Event(kind, f"{after.name}: {path}" + (" was there already" if kind == EventReason.STAGE_SKIPPED else ""))
 
 
 def _turned(before: FineTuneJobStatus, after: FineTuneJobStatus, kind: ConditionType, value: str) -> bool:
