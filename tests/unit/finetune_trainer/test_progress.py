@@ -204,10 +204,10 @@ def test_every_step_and_every_save_is_told_to_the_operator_and_not_printed(
     endpoint = serve()
     progress = Progress(ProgressPoster({"url": endpoint.url}, min_interval=0.001), 10)
     tell: list[tuple[Callable[[], None], dict[str, Any]]] = [
-        (lambda: progress.started(4), {"step": 4, "totalSteps": 10}),
-        (lambda: progress.stepped(5), {"step": 5, "totalSteps": 10}),
-        (lambda: progress.saving(5), {"step": 5, "totalSteps": 10, "phase": "saving"}),
-        (lambda: progress.stepped(6), {"step": 6, "totalSteps": 10}),
+        (lambda: progress.started(4), {"step": 4, "totalSteps": 10, "lastCheckpoint": 4}),
+        (lambda: progress.stepped(5), {"step": 5, "totalSteps": 10, "lastCheckpoint": 4}),
+        (lambda: progress.saving(5), {"step": 5, "totalSteps": 10, "lastCheckpoint": 4, "phase": "saving"}),
+        (lambda: progress.stepped(6), {"step": 6, "totalSteps": 10, "lastCheckpoint": 4}),
     ]
     for count, (call, expected) in enumerate(tell, 1):
         call()

@@ -112,8 +112,8 @@ class Progress:
         self._facts: dict[str, Any] = {"totalSteps": total_steps}
 
     def started(self, step: int) -> None:
-        """Training begins after `step` finished steps."""
-        self._post(step=step)
+        """Training begins after `step` finished steps, which are those of a checkpoint unless there are none."""
+        self._post(step=step, **({"lastCheckpoint": step} if step else {}))
 
     def stepped(self, step: int) -> None:
         """`step` steps are done. Prints nothing: called for each step, of which few are logged."""
