@@ -17,6 +17,7 @@ from finetune_operator.core.desired import Desired, desired_state
 from finetune_operator.core.figures import Progress
 from finetune_operator.core.nodes import parse_node
 from finetune_operator.core.observed import INDEX_ANNOTATION, Claim, Observed, parse_observed
+from finetune_operator.core.queueing import parse_workload
 from finetune_operator.core.settings import RetryTiming, Settings
 from finetune_operator.core.stages import Pipeline, derive_pipeline, is_finished
 from finetune_operator.core.status import derive_status
@@ -52,6 +53,9 @@ class Simulation:
     deleted_nodes: set[str] = field(default_factory=set)
     created_jobs: list[str] = field(default_factory=list)
     progress: Progress | None = None
+    workloads: dict[str, Raw] = field(default_factory=dict)
+    """Kueue's, by the uid of their owner."""
+    kueue_installed: bool = False
 
     @property
     def job(self) -> FineTuneJob:
@@ -75,6 +79,8 @@ class Simulation:
             claim=Claim("workspace", "Bound"),
             nodes={name: parse_node(raw) for name, raw in self.nodes.items()},
             deleted_nodes=frozenset(self.deleted_nodes),
+            workloads={owner: parse_workload(raw) for owner, raw in self.workloads.items()},
+            kueue_installed=self.kueue_installed,
         )
 
     def decide(self) -> tuple[Pipeline, Desired]:

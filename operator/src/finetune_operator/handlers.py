@@ -41,8 +41,10 @@ logger = logging.getLogger(__name__)
 
 LAZY_SECONDS = 1.0
 """Events that only change what is shown are gathered for so long: an ordinary start of a pod is one status write."""
-KUEUE_LOOK_SECONDS = 60.0
-"""How often it is looked for while it is not there."""
+KUEUE_LOOK_SECONDS = 10.0
+"""How often it is looked whether Kueue has come or gone."""
+FIRST_LOOK_SECONDS = 1.0
+"""How often before that was ever found out: no job is looked at before."""
 
 
 class _Feed:
@@ -79,6 +81,8 @@ class Operator:
         self._reflectors: dict[tuple[str, str], Reflector] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._kueue_version: str | None = None
+        self._kueue_known = asyncio.Event()
+        """Set once it is known whether Kueue is there, and what Workloads there are."""
         self._echoes = WatchEchoes(monotonic)
         self._answers = ApiServerAnswers(monotonic)
         self._metrics = Metrics(
@@ -127,7 +131,9 @@ class Operator:
         if self._settings.nodes.watch:
             self._reflect(NODE, "", "/api/v1/nodes", optional=True)
         if self._settings.queue_enabled:
-            self._spawn(self._look_for_kueue(self._client), "kueue")
+            self._spawn(self._follow_kueue(self._client), "kueue")
+        else:
+            self._kueue_known.set()
         self._spawn(self._begin(self._client), "begin")
 
     def _trust(self, certificates: str) -> None:
@@ -137,6 +143,8 @@ class Operator:
     async def _begin(self, client: Client) -> None:
         """Once the caches are filled: take part in the election, or work at once where there is none."""
         await asyncio.gather(*(each.synced.wait() for each in self._reflectors.values()), self._audit_synced())
+        # Without this a job that holds quota would look as if it had lost it.
+        await self._kueue_known.wait()
         logger.info("caches are filled: %s", dict(self._cache.count_children()))
         config, lease = self.config, self.config.lease
         if lease is None:
@@ -177,15 +185,24 @@ class Operator:
             logger.info("this replica stands by")
             await queue.close()
 
-    def _follow(self, kind: str, path: str, *, label_selector: str = "", optional: bool = False) -> None:
+    def _follow(
+        self, kind: str, path: str, *, label_selector: str = "", optional: bool = False
+    ) -> list[asyncio.Task[None]]:
         """Follow a kind in every namespace that is served."""
-        for namespace in self.config.watch_namespaces or ("",):
-            where = path.format(f"namespaces/{namespace}/" if namespace else "")
-            self._reflect(kind, namespace, where, label_selector=label_selector, optional=optional)
+        return [
+            self._reflect(
+                kind,
+                namespace,
+                path.format(f"namespaces/{namespace}/" if namespace else ""),
+                label_selector=label_selector,
+                optional=optional,
+            )
+            for namespace in self.config.watch_namespaces or ("",)
+        ]
 
     def _reflect(
         self, kind: str, namespace: str, path: str, *, label_selector: str = "", optional: bool = False
-    ) -> None:
+    ) -> asyncio.Task[None]:
         if self._client is None:
             raise RuntimeError("the operator was not started")
         feed = _Feed(self._cache, kind, namespace, self._on_wakes)
@@ -193,25 +210,46 @@ class Operator:
             self._client, kind, path, feed, monotonic, label_selector=label_selector, optional=optional
         )
         self._reflectors[kind, namespace] = reflector
-        self._spawn(reflector.run(), f"watch {kind} {namespace}")
+        return self._spawn(reflector.run(), f"watch {kind} {namespace}")
 
-    async def _look_for_kueue(self, client: Client) -> None:
-        """Follow Workloads as soon as Kueue is there. Jobs that name a queue wait for it."""
-        while self._kueue_version is None:
+    async def _follow_kueue(self, client: Client) -> None:
+        """Follow Workloads while Kueue is there, whenever it comes or goes. Jobs that name a queue wait for it."""
+        watches: list[asyncio.Task[None]] = []
+        while True:
             try:
-                self._kueue_version = find_api_version(await read_if_served(client, f"/apis/{KUEUE}"))
+                found = find_api_version(await read_if_served(client, f"/apis/{KUEUE}"))
             except ClusterError as error:
                 logger.warning("it could not be found out whether Kueue is there: %s", error)
-            if self._kueue_version is None:
-                await asyncio.sleep(KUEUE_LOOK_SECONDS)
-        logger.info("Kueue is there: %s", self._kueue_version)
-        self._cache.kueue_installed = True
-        path = f"/apis/{self._kueue_version}/{{}}workloads"
-        self._follow(WORKLOAD, path, optional=True)
-        self._on_wakes([Wake(job.key) for job in self._cache.jobs()])
+            else:
+                if found != self._kueue_version:
+                    self._forget_kueue(watches)
+                    watches = await self._meet_kueue(found) if found is not None else []
+                    self._on_wakes([Wake(job.key) for job in self._cache.jobs()])
+                self._kueue_known.set()
+            await asyncio.sleep(KUEUE_LOOK_SECONDS if self._kueue_known.is_set() else FIRST_LOOK_SECONDS)
 
-    def _spawn(self, work: Any, name: str) -> None:
-        self._tasks.append(asyncio.get_running_loop().create_task(work, name=name))
+    async def _meet_kueue(self, api_version: str) -> list[asyncio.Task[None]]:
+        """Kueue is there, as soon as its Workloads are in the cache; the tasks that follow them."""
+        watches = self._follow(WORKLOAD, f"/apis/{api_version}/{{}}workloads", optional=True)
+        await asyncio.gather(*(each.synced.wait() for (kind, _), each in self._reflectors.items() if kind == WORKLOAD))
+        logger.info("Kueue is there: %s", api_version)
+        self._kueue_version, self._cache.kueue_installed = api_version, True
+        return watches
+
+    def _forget_kueue(self, watches: Iterable[asyncio.Task[None]]) -> None:
+        if self._kueue_version is None:
+            return
+        logger.info("Kueue is gone")
+        for watch in watches:
+            watch.cancel()
+        self._reflectors = {key: each for key, each in self._reflectors.items() if key[0] != WORKLOAD}
+        self._kueue_version, self._cache.kueue_installed = None, False
+        self._cache.forget_workloads()
+
+    def _spawn(self, work: Any, name: str) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.append(task)
+        return task
 
     async def stop(self) -> None:
         for task in self._tasks:

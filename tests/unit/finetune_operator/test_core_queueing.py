@@ -250,13 +250,18 @@ def test_a_deactivated_workload_says_how_it_comes_back() -> None:
     assert """kubectl patch workload job-tiny-train-01234567-1-0a1b2 -n team-a --type=merge""" in found.message
 
 
-def test_without_kueue_the_job_waits_and_the_remedy_is_named() -> None:
-    found = state(None, installed=False, seconds=60)
-    assert found is not None
-    assert (found.status, found.reason, found.waits) == ("False", "QueueUnavailable", True)
-    assert "Install Kueue, or remove spec.queue" in found.message
-    running = state(None, installed=False, suspended=False, started_at=NOW)
-    assert running is not None
+@pytest.mark.parametrize("policy", ["perStage", "wholePipeline"])
+def test_without_kueue_what_runs_goes_on_and_what_does_not_waits_with_the_remedy(policy: str) -> None:
+    def of(k8s_job: K8sJob | None) -> QueueState:
+        job = make_job(queue={**QUEUE, "policy": policy})
+        found = derive_queue_state(job, k8s_job, None, kueue_installed=False, now=at(60))
+        assert found is not None
+        return found
+
+    held = of(K8sJob() if policy == "perStage" else None)
+    assert (held.status, held.reason, held.waits) == ("False", "QueueUnavailable", True)
+    assert "Install Kueue, or remove spec.queue" in held.message
+    running = of(K8sJob(suspended=False, started_at=NOW))
     assert (running.status, running.waits) == ("Unknown", False)
 
 
@@ -278,14 +283,13 @@ def test_between_stages_nothing_waits() -> None:
 def test_a_whole_pipeline_is_judged_by_its_reservation_and_not_by_a_stages_job() -> None:
     job = make_job(queue={**QUEUE, "policy": "wholePipeline"})
 
-    def of(raw: dict[str, Any] | None, *, installed: bool = True) -> QueueState:
+    def of(raw: dict[str, Any] | None) -> QueueState:
         parsed = None if raw is None else parse_workload(raw)
-        found = derive_queue_state(job, K8sJob(suspended=False), parsed, kueue_installed=installed, now=NOW)
+        found = derive_queue_state(job, K8sJob(suspended=False), parsed, kueue_installed=True, now=NOW)
         assert found is not None
         return found
 
     assert of(None).waits
-    assert of(None, installed=False).reason == "QueueUnavailable"
     assert of(workload(*reserved(5))).message.startswith("The whole pipeline was admitted by ClusterQueue")
     assert of(workload(pending(SHORT_OF))).message == SHORT_OF
 

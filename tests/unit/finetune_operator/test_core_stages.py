@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import pytest
 from simulated import Simulation, successful_report
+from workloads import evicted, reserved, workload
 
 from finetune_operator.api import constants
 from finetune_operator.core.figures import Progress
@@ -380,3 +381,45 @@ def test_another_gate_measures_nothing_anew() -> None:
     simulation.change(evaluate={"gate": {"maxLossRatioToBase": 0.6}})
     assert simulation.settle().phase == "Succeeded"
     assert len(simulation.created_jobs) == len(STAGES)
+
+
+def pipeline_with_quota() -> Simulation:
+    """A training that runs in a reservation of the whole pipeline."""
+    simulation = Simulation(kueue_installed=True)
+    simulation.change(queue={"name": "research", "policy": "wholePipeline"})
+    simulation.workloads[simulation.job.uid] = workload(*reserved(0))
+    walk(simulation, "prepare")
+    return simulation
+
+
+def test_a_whole_pipeline_starts_nothing_without_its_reservation() -> None:
+    simulation = Simulation(kueue_installed=True)
+    simulation.change(queue={"name": "research", "policy": "wholePipeline"})
+    assert simulation.settle().phase == "Queued"
+    simulation.workloads[simulation.job.uid] = workload(*reserved(0))
+    simulation.settle()
+    assert len(simulation.created_jobs) == 1
+
+
+def test_a_reservation_that_is_taken_back_ends_the_attempt_and_costs_no_retry() -> None:
+    simulation = pipeline_with_quota()
+    simulation.workloads[simulation.job.uid] = workload(*reserved(0), evicted("Preempted", "for another", 60))
+    status = simulation.settle(60)
+    assert [(each.stage, each.reason, each.counted) for each in status.attempts] == [("train", "Preempted", False)]
+    assert (status.reason, simulation.pods_of("train")) == ("Preempted", [])
+    assert simulation.settle(60).phase == "Queued"
+    simulation.workloads[simulation.job.uid] = workload(*reserved(150))
+    simulation.settle(60)
+    assert [name.rsplit("-", 1)[1] for name in simulation.created_jobs] == ["1", "1", "2"]
+
+
+def test_what_runs_in_a_reservation_goes_on_when_kueue_is_removed_and_the_next_stage_waits() -> None:
+    simulation = pipeline_with_quota()
+    simulation.kueue_installed = False
+    simulation.workloads.clear()
+    status = simulation.settle()
+    assert (status.phase, status.attempts, len(simulation.pods_of("train"))) == ("Training", (), 2)
+    walk(simulation, "train")
+    status = simulation.settle()
+    assert (status.phase, "no Kueue" in (status.message or "")) == ("Queued", True)
+    assert len(simulation.created_jobs) == 2

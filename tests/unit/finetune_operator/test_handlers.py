@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import kmock as kmock_library
 import pytest
 from builders import job_body
 from kubernetes.aio import client as kubernetes_client
+from workloads import reserved, workload
 
 from finetune_operator.api import constants
 from finetune_operator.config import OperatorConfig
@@ -104,3 +106,45 @@ async def test_our_own_write_needs_no_answer_and_a_foreign_change_does(kmock: Se
     assert woken == [], "the echo of our own status write"
     operator.job_changed("MODIFIED", refused_job("3"))
     assert woken == [KEY]
+
+
+KUEUE = "/apis/kueue.x-k8s.io"
+WORKLOADS = f"{KUEUE}/v1beta1/workloads"
+
+
+def watched(server: Server, *, workloads: list[dict[str, Any]]) -> None:
+    """Kueue is served, with these Workloads; watches of them tell nothing."""
+
+    async def answer(request: kmock_library.Request) -> dict[str, Any] | bytes:
+        listed = {"metadata": {"resourceVersion": "5"}, "items": workloads}
+        return b"" if "watch" in request.params else listed
+
+    server[f"get {KUEUE}"] << {"versions": [{"version": "v1beta1"}]}
+    server[f"get {WORKLOADS}"] << answer
+
+
+async def test_no_job_is_looked_at_before_the_workloads_are_known(kmock: Server, client: Client) -> None:
+    operator = connected(client)
+    watched(kmock, workloads=[workload(*reserved(0))])
+    begin = asyncio.create_task(operator._begin(client))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not begin.done(), "without its Workload a job looks as if it had lost its quota"
+    operator._spawn(operator._follow_kueue(client), "kueue")
+    await asyncio.wait_for(begin, 5)
+    assert operator._cache.kueue_installed
+    assert operator._cache.count_children()["Workload"] == 1
+    await operator.stop()
+
+
+async def test_kueue_may_go_and_come_back(kmock: Server, client: Client) -> None:
+    operator = connected(client)
+    watched(kmock, workloads=[workload(*reserved(0))])
+    watches = await operator._meet_kueue("kueue.x-k8s.io/v1beta1")
+    operator._forget_kueue(watches)
+    assert not operator._cache.kueue_installed
+    assert operator._cache.count_children()["Workload"] == 0
+    await operator._meet_kueue("kueue.x-k8s.io/v1beta1")
+    assert operator._cache.kueue_installed
+    assert operator._cache.count_children()["Workload"] == 1
+    await operator.stop()

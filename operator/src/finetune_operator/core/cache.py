@@ -200,6 +200,11 @@ class Cache:
                 wakes.extend(self._remove_child(kind, lost))
         return wakes
 
+    def forget_workloads(self) -> None:
+        """Kueue is gone, and its Workloads with it."""
+        self._workloads.clear()
+        self._workload_of.clear()
+
     def replace_children(self, owner: str, kind: str, raws: Collection[Raw], list_version: int) -> None:
         """A fresh list of one FineTuneJob's children of a kind, read because the watches seemed behind."""
         present = {raw["metadata"]["uid"] for raw in raws}

@@ -237,7 +237,7 @@ def derive_queue_state(
     """How the job stands with its queue; None for a job without spec.queue.
 
     `stage_job` is the current attempt's Job and `workload` that Job's; with the policy wholePipeline `workload` is the
-    job's reservation and `stage_job` is not looked at.
+    job's reservation, and `stage_job` is what runs where there is no Kueue any more.
     """
     queue = job.spec.queue
     if queue is None:
@@ -247,9 +247,10 @@ def derive_queue_state(
         if stage_job is None:
             return QueueState("Unknown", Reason.PENDING, "No stage waits for quota or holds any.")
         what = f"Job {stage_job.name}"
-        if not kueue_installed and not stage_job.suspended:
-            return QueueState("Unknown", Reason.RUNNING, f"{what} runs, and the cluster has no Kueue any more.")
     if not kueue_installed:
+        if stage_job is not None and not stage_job.suspended:
+            message = f"Job {stage_job.name} runs, and the cluster has no Kueue any more."
+            return QueueState("Unknown", Reason.RUNNING, message)
         message = (
             f"{what} waits for LocalQueue {queue.name}, and this cluster has no Kueue: no understood version of "
             f"{GROUP} is served. Install Kueue, or remove spec.queue; nothing starts before."

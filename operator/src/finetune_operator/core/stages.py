@@ -217,7 +217,13 @@ def derive_pipeline(
     queue = _queue_state(look, current)
     reserves = job.spec.queue is not None and job.spec.queue.policy == "wholePipeline"
     lost = None
-    if reserves and queue is not None and queue.status != "True" and current is not None and current.start is not None:
+    if (
+        reserves
+        and queue is not None
+        and current is not None
+        and current.start is not None
+        and not _holds(look, queue, current)
+    ):
         # A reservation of the whole pipeline comes before any Job.
         lost = queue.message if current.latest is not None else None
         current = replace(current, state=StageState.QUEUED, reason=Reason.QUEUED, message=queue.message, start=None)
@@ -340,7 +346,11 @@ def _affinity(look: _Look, current: StagePlan | None, avoidance: Avoidance) -> M
 def _queue_state(look: _Look, current: StagePlan | None) -> QueueState | None:
     queue = look.job.spec.queue
     latest = current.latest.job if current is not None and current.latest is not None else None
-    owner = look.job.uid if queue is not None and queue.policy == "wholePipeline" else (latest.uid if latest else "")
+    owner = latest.uid if latest is not None else ""
+    if queue is not None and queue.policy == "wholePipeline":
+        owner = look.job.uid
+        if current is not None and current.is_new:
+            latest = None
     return derive_queue_state(
         look.job,
         latest,
@@ -348,6 +358,14 @@ def _queue_state(look: _Look, current: StagePlan | None) -> QueueState | None:
         kueue_installed=look.observed.kueue_installed,
         now=look.now,
     )
+
+
+def _holds(look: _Look, queue: QueueState, current: StagePlan) -> bool:
+    """Whether the due attempt may start or go on with the quota of the whole pipeline.
+
+    What runs is not stopped for want of Kueue: without it nobody else is given that quota either.
+    """
+    return queue.status == "True" or (not look.observed.kueue_installed and not current.is_new)
 
 
 def _is_of(progress: Progress, current: StagePlan | None) -> bool:
