@@ -26,6 +26,7 @@ from finetune_operator.core.nodes import (
     FaultDetails,
     NodeState,
     find_fault,
+    held_back,
     node_affinity,
     nodes_to_avoid,
     parse_node,
@@ -273,6 +274,33 @@ def test_what_is_no_fault(node: NodeState | None) -> None:
 
 def test_a_healthy_value_of_the_taint_is_none() -> None:
     assert parse_node(raw_node(taints=[{"key": TAINT_HEALTH, "value": "Schedulable"}])).health_taint == ""
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words"),
+    [
+        pytest.param([NodeState("a"), NodeState("b", ready="Unknown")], "", id="none, whatever Kubernetes says"),
+        pytest.param([NodeState("a", health="Schedulable")], "", id="none of a healthy cluster"),
+        pytest.param(
+            [NodeState("b", health="UnschedulablePendingReboot"), NodeState("a", health="Schedulable")],
+            "keeps pods off node b (UnschedulablePendingReboot); ",
+            id="one with its label",
+        ),
+        pytest.param(
+            [NodeState("a", health="Schedulable", health_taint="Unschedulable:NoSchedule")],
+            "keeps pods off node a (tainted Unschedulable:NoSchedule); ",
+            id="one that is only tainted",
+        ),
+        pytest.param(
+            [NodeState(name, health="Unschedulable") for name in "edcba"],
+            "keeps pods off nodes a (Unschedulable), b (Unschedulable), c (Unschedulable) and 2 more; ",
+            id="the first of many",
+        ),
+    ],
+)
+def test_nodes_that_hyperpod_holds_back_are_named(nodes: list[NodeState], words: str) -> None:
+    assert words in held_back(nodes)
+    assert bool(words) == bool(held_back(nodes))
 
 
 # nodes to avoid

@@ -10,6 +10,7 @@ from workloads import evicted, reserved, workload
 
 from finetune_operator.api import constants
 from finetune_operator.core.figures import Progress
+from finetune_operator.core.times import format_time
 from finetune_trainer.contract import ExitCode
 
 STAGES = ("prepare", "train", "consolidate", "merge", "evaluate")
@@ -332,6 +333,39 @@ def test_the_next_attempt_keeps_to_healthy_nodes_and_prefers_others_than_the_fau
     (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     assert {"key": HEALTH, "operator": "In", "values": ["Schedulable"]} in term["matchExpressions"]
     assert "n2" in str(affinity["preferredDuringSchedulingIgnoredDuringExecution"])
+
+
+def test_lost_steps_are_told_when_the_pods_that_may_still_write_a_checkpoint_are_gone() -> None:
+    simulation = training()
+    simulation.progress = Progress("train", 1, step=7, total_steps=40, checkpoint_step=5, advanced_at=simulation.now)
+    for pod in simulation.pods_of("train"):
+        pod["metadata"].update(
+            deletionTimestamp=format_time(simulation.now + timedelta(seconds=20)), deletionGracePeriodSeconds=20
+        )
+    simulation.nodes["n2"]["metadata"]["labels"][HEALTH] = "Unschedulable"
+    (attempt,) = simulation.settle().attempts
+    assert (attempt.reason, attempt.lost_steps) == ("NodeFault", None)
+
+    simulation.progress = Progress("train", 1, step=8, total_steps=40, checkpoint_step=8, advanced_at=simulation.now)
+    for pod in simulation.pods_of("train"):
+        simulation.end_pod(pod, ExitCode.INTERRUPTED)
+    (attempt,) = simulation.settle(3).attempts
+    assert (attempt.reason, attempt.lost_steps) == ("NodeFault", 0)
+
+
+def test_pods_that_no_kubelet_ends_delay_the_next_attempt_by_less_than_half_a_minute() -> None:
+    """Promise 7: the gang is there again within 30 seconds of a node's fault, with the defaults."""
+    simulation = training()
+    for pod in simulation.pods_of("train"):
+        pod["metadata"].update(
+            deletionTimestamp=format_time(simulation.now + timedelta(seconds=20)), deletionGracePeriodSeconds=20
+        )
+    simulation.nodes["n2"]["metadata"]["labels"][HEALTH] = "Unschedulable"
+    simulation.settle()
+    for _ in range(28):
+        simulation.settle(1)
+    assert simulation.created_jobs[-1].endswith("-2")
+    assert simulation.pods_of("train")[0]["metadata"]["labels"][constants.LABEL_ATTEMPT] == "2"
 
 
 def test_without_the_label_on_any_node_none_is_required() -> None:

@@ -42,8 +42,9 @@ POD = "Pod"
 SERVICE = "Service"
 STOP_SECONDS = 1
 """Deadline that is put on a Job to end it: the least that the API takes."""
-FORCE_AFTER_SECONDS = 10
-"""A pod on a faulty node that is still there so long after its grace period is not waited for."""
+FORCE_AFTER_SECONDS = 5
+"""A pod on a faulty node that is still there so long after its grace period is not waited for. With the default grace
+the next attempt's pods are there within 30 seconds of the fault, whatever the node does."""
 
 Manifest = dict[str, Any]
 
@@ -101,10 +102,13 @@ def desired_state(
 def _records(job: FineTuneJob, observed: Observed, pipeline: Pipeline, now: datetime) -> Iterator[Record]:
     for attempt in observed.attempts:
         stage_job = attempt.job
-        if stage_job is None or attempt.recorded is not None or _is_unwanted(attempt, pipeline):
+        if stage_job is None or _is_unwanted(attempt, pipeline):
             continue
         outcome = pipeline.outcome_of(attempt)
-        if outcome is not None:
+        if attempt.recorded is not None:
+            if outcome is not None and outcome != attempt.recorded:
+                yield Record(JOB, stage_job.name, outcome_annotations(outcome))
+        elif outcome is not None:
             ended = replace(outcome, finished_at=outcome.finished_at or now, generation=job.generation)
             stop = outcome.result is not Result.SUCCEEDED and not stage_job.is_over
             log_of = outcome.pod if outcome.result is not Result.SUCCEEDED else None

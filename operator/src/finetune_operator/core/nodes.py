@@ -235,6 +235,28 @@ def find_fault(node: NodeState | None, *, deleted: bool = False) -> NodeFault | 
     return None
 
 
+MOST_NAMED = 3
+"""Nodes that a message names."""
+
+
+def held_back(nodes: Iterable[NodeState]) -> str:
+    """Which nodes HyperPod keeps pods off, as a sentence for those who wait for one; empty where there are none."""
+    marks = {
+        node.name: f"tainted {node.health_taint}" if node.health in (None, HEALTHY) else node.health
+        for node in nodes
+        if (fault := find_fault(node)) is not None and fault.reason is Reason.NODE_FAULT
+    }
+    if not marks:
+        return ""
+    named = ", ".join(f"{name} ({marks[name]})" for name in sorted(marks)[:MOST_NAMED])
+    more = f" and {len(marks) - MOST_NAMED} more" if len(marks) > MOST_NAMED else ""
+    noun = "node" if len(marks) == 1 else "nodes"
+    return (
+        f"HyperPod keeps pods off {noun} {named}{more}; `kubectl get nodes -L {LABEL_HEALTH}` shows when it gives them "
+        "back."
+    )
+
+
 def _because(words: str) -> str:
     return f" ({words})" if words else ""
 

@@ -103,7 +103,7 @@ class Pipeline:
 
     def outcome_of(self, attempt: Attempt) -> Outcome | None:
         """How the attempt ended, recorded or only just seen; None while it is under way."""
-        return attempt.recorded or self.outcomes.get(attempt.key)
+        return self.outcomes.get(attempt.key, attempt.recorded)
 
     @property
     def current(self) -> StagePlan | None:
@@ -275,11 +275,8 @@ def _outcomes(
                 hung=find_hang(job, attempt, settings, now, progress),
                 now=now,
             )
-            if outcome is not None and progress is not None and _is_posted_by(progress, attempt):
-                step = outcome.step if outcome.step is not None else progress.step
-                outcome = replace(outcome, step=step, checkpoint_step=progress.checkpoint_step)
         if outcome is not None:
-            found[attempt.key] = outcome
+            found[attempt.key] = _with_steps(outcome, attempt, progress)
     return found
 
 
@@ -293,6 +290,15 @@ def _as_queued(attempt: Attempt, observed: Observed) -> Attempt:
 
 
 def _is_posted_by(progress: Progress, attempt: Attempt) -> bool:
+def _with_steps(outcome: Outcome, attempt: Attempt, progress: Progress | None) -> Outcome:
+    """The outcome with how far the attempt came: one that is being stopped may still write a checkpoint and post it."""
+    if progress is None or not _is_posted_by(progress, attempt) or outcome.result not in (Result.RETRY, Result.FAIL):
+        return outcome
+    step = progress.step if outcome.step is None else max(outcome.step, progress.step)
+    checkpoint = outcome.checkpoint_step if progress.checkpoint_step is None else progress.checkpoint_step
+    return replace(outcome, step=step, checkpoint_step=checkpoint)
+
+
     same = (progress.stage, progress.attempt) == (attempt.stage, attempt.number)
     return same and progress.digest in ("", attempt.digest)
 

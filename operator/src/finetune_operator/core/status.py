@@ -376,7 +376,8 @@ def _attempts(pipeline: Pipeline, before: FineTuneJobStatus, now: datetime) -> I
                 exit_code=outcome.exit_code,
                 node=outcome.node,
                 counted=outcome.counts,
-                lost_steps=outcome.lost_steps,
+                # Pods that have their grace may still write a checkpoint.
+                lost_steps=None if attempt.live_pods else outcome.lost_steps,
                 log=outcome.log[-MAX_ATTEMPT_LOG_LINES:],
             )
             yield _with_recovery(entry, stage.attempts[position + 1 : position + 2], known)
