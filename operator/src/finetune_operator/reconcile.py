@@ -16,9 +16,10 @@ from datetime import datetime, timedelta
 
 from finetune_operator.api import constants
 from finetune_operator.api.constants import KIND, Reason
-from finetune_operator.api.finetunejob import FineTuneJob, unavailable_features
+from finetune_operator.api.finetunejob import FineTuneJob
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.core import names
+from finetune_operator.core.accelerators import find_instance
 from finetune_operator.core.accelerators.instances import InstanceTypeError
 from finetune_operator.core.cache import JOB, POD, WORKLOAD, Cache, CachedJob, Key
 from finetune_operator.core.desired import STOP_SECONDS, Desired, Record, desired_state
@@ -30,6 +31,7 @@ from finetune_operator.core.inputs import secret_references
 from finetune_operator.core.log_tail import clean_tail
 from finetune_operator.core.observed import Observed
 from finetune_operator.core.parallelism import ParallelismError
+from finetune_operator.core.plan import derive_cost
 from finetune_operator.core.records import outcome_annotations
 from finetune_operator.core.settings import Settings
 from finetune_operator.core.stages import Pipeline, derive_pipeline, is_finished
@@ -40,12 +42,15 @@ from finetune_operator.kube.client import Client, ClusterError
 from finetune_operator.kube.observe import Facts
 from finetune_operator.surroundings import (
     QueuePlan,
+    check_features,
     check_job,
     check_surroundings,
     find_device,
+    hear_silent,
     plan_job,
     plan_queue,
     planned_jobs,
+    planned_starts,
 )
 
 logger = logging.getLogger(__name__)
@@ -104,13 +109,14 @@ async def reconcile(
     job = cached.job
     if is_finished(job):
         return await _expire(cluster, job, now)
-    problems = unavailable_features(job.spec, settings.features, queue_enabled=settings.queue_enabled)
-    if problems:
-        words = "; ".join(str(problem) for problem in problems)
-        return await _refuse(cluster, cached, Reason.FEATURE_NOT_AVAILABLE, words, now, instance)
+    refused = check_features(job, settings)
+    if refused is not None and not job.spec.dry_run:
+        return await _refuse(cluster, cached, refused.reason, refused.message, now, instance)
     try:
         return await _advance(cluster, cached, job, settings, now, progress, instance)
-    except (ParallelismError, InstanceTypeError) as error:
+    except InstanceTypeError as error:
+        return await _refuse(cluster, cached, Reason.UNKNOWN_INSTANCE_TYPE, str(error), now, instance)
+    except ParallelismError as error:
         return await _refuse(cluster, cached, Reason.INVALID_SPEC, str(error), now, instance)
 
 
@@ -123,7 +129,7 @@ async def _advance(
     progress: Progress | None,
     instance: str,
 ) -> Done:
-    observed = await _observe(cluster, job)
+    observed = await hear_silent(cluster.facts, job, await _observe(cluster, job), now)
     device = await find_device(cluster.facts, job, observed, settings, cluster.kueue_version())
     pipeline = derive_pipeline(
         job,
@@ -133,27 +139,32 @@ async def _advance(
         progress=progress,
         device_resource=device.name if isinstance(device, DeviceName) else None,
     )
-    if job.spec.dry_run and not observed.attempts:
-        plan = await plan_job(cluster.facts, job, pipeline, settings, device, cluster.kueue_version())
-        return await _report(cluster, cached, planned_status(job, plan, now), now, instance)
+    findings, plan = check_job(job, pipeline, settings).findings, None
+    if job.spec.dry_run:
+        plan, findings = await plan_job(
+            cluster.facts, job, observed, pipeline, settings, device, cluster.kueue_version()
+        )
+        if not observed.attempts:
+            written = await _report(cluster, cached, planned_status(job, plan, findings, now), now, instance)
+            return replace(written, again_after=RESYNC_SECONDS)
+        pipeline = pipeline.held()
     reservation = await plan_queue(cluster.facts, job, observed, pipeline, settings, cluster.kueue_version(), now)
     if reservation.placement is not None:
         pipeline = pipeline.placed(reservation.placement)
     problem = reservation.problem
     start = next((stage.start for stage in pipeline.stages if stage.is_new), None)
     if start is not None and problem is None:
-        jobs = planned_jobs(job, settings, start.device_resource)
-        found = check_job(job, pipeline, settings, jobs)
-        if found.problems and not observed.is_anything_live():
-            words = "; ".join(str(each) for each in found.problems)
-            return await _refuse(cluster, cached, Reason.INVALID_SPEC, words, now, instance)
+        if findings.refused is not None and not observed.is_anything_live():
+            return await _refuse(cluster, cached, findings.refused.reason, findings.refused.message, now, instance)
+        jobs = planned_jobs(job, settings, planned_starts(job, settings, start.device_resource, pipeline))
         observed, problem = await check_surroundings(
             cluster.facts, job, observed, start, jobs, device, cluster.kueue_version()
         )
     desired = desired_state(job, observed, pipeline, settings, now)
     problem = await _bring_about(cluster, job, desired, settings, problem)
     await _bring_about_reservation(cluster, job, reservation)
-    status = derive_status(job, observed, pipeline, now, problem=problem)
+    cost = derive_cost(pipeline.outcomes, find_instance(job, settings.instance_types), settings.currency)
+    status = derive_status(job, observed, pipeline, now, problem=problem, findings=findings, plan=plan, cost=cost)
     written = await _report(cluster, cached, status, now, instance)
     return replace(written, again_after=_again_after(job, status, pipeline, desired, problem, now))
 

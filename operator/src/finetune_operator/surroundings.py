@@ -1,4 +1,5 @@
-"""What around a job decides whether its next attempt can begin: claim, Secrets, quotas, queue, names of devices.
+"""What around a job decides whether its next attempt can begin: claim, Secrets, quotas, queue, names of devices; and
+what events say of one that does not start.
 
 Called by reconcile.py. The reads are here, through kube/observe.py's Facts; what they mean is decided in the core.
 """
@@ -12,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from finetune_operator.api.constants import Reason, StageState
-from finetune_operator.api.finetunejob import FineTuneJob, Problem, unavailable_features
+from finetune_operator.api.finetunejob import FineTuneJob, unavailable_features
 from finetune_operator.api.status import PlanStatus
 from finetune_operator.core import reservation
 from finetune_operator.core.accelerators import find_instance
@@ -33,21 +34,23 @@ from finetune_operator.core.model_shapes import ModelShape, find_shape
 from finetune_operator.core.observed import Claim, Observed
 from finetune_operator.core.parallelism import Parallelism
 from finetune_operator.core.plan import derive_plan
-from finetune_operator.core.pods import Placement
+from finetune_operator.core.pods import Placement, container_resources
 from finetune_operator.core.preflight import (
+    Findings,
     check_cluster,
     check_spec,
+    memory_limit,
     parse_claim,
     parse_cluster_queue,
     parse_quota,
-    pod_memory_bytes,
     pod_requests,
     spec_doubts,
 )
 from finetune_operator.core.prerequisites import find_missing
 from finetune_operator.core.settings import Settings
-from finetune_operator.core.stages import Pipeline
-from finetune_operator.kube.observe import Facts
+from finetune_operator.core.silence import newest_warning, to_ask
+from finetune_operator.core.stages import DONE, Pipeline
+from finetune_operator.kube.observe import Facts, Forbidden
 from finetune_trainer import contract
 
 
@@ -83,9 +86,33 @@ async def _find_cluster_queue(facts: Facts, job: FineTuneJob, kueue_version: str
     queue = job.spec.queue
     if queue is None or kueue_version is None:
         return None
-    local = await facts.find_at(f"/apis/{kueue_version}/namespaces/{job.namespace}/localqueues/{queue.name}")
-    name = ((local or {}).get("spec") or {}).get("clusterQueue")
-    return await facts.find_at(f"/apis/{kueue_version}/clusterqueues/{name}") if name else None
+    try:
+        local = await facts.find_at(f"/apis/{kueue_version}/namespaces/{job.namespace}/localqueues/{queue.name}")
+        name = ((local or {}).get("spec") or {}).get("clusterQueue")
+        return await facts.find_at(f"/apis/{kueue_version}/clusterqueues/{name}") if name else None
+    except Forbidden:
+        return None  # nothing is checked against it then, and Kueue's own words say what is wrong
+
+
+_GRANT = "have queue.clusterQueues set in the values of the operator's chart"
+"""What lets the operator read Kueue's objects without a namespace."""
+
+
+_PLURALS = {"WorkloadPriorityClass": "workloadpriorityclasses", "ResourceFlavor": "resourceflavors"}
+
+
+async def _find_queue_object(
+    facts: Facts, kueue_version: str, kind: str, name: str, missing: str
+) -> Mapping[str, Any] | Waiting:
+    """One of Kueue's objects without a namespace, or why it cannot be read; `missing`: what to do where it is not."""
+    try:
+        found = await facts.find_at(f"/apis/{kueue_version}/{_PLURALS[kind]}/{name}")
+    except Forbidden:
+        message = f"The operator may not read {kind} {name}, so the pipeline's quota cannot be asked for: {_GRANT}, "
+        return Waiting(Reason.QUEUE_UNAVAILABLE, message + "or use spec.queue.policy perStage (suspend the job first).")
+    if found is None:
+        return Waiting(Reason.QUEUE_UNAVAILABLE, f"There is no {kind} {name}: {missing}.")
+    return found
 
 
 async def plan_queue(
@@ -104,14 +131,11 @@ async def plan_queue(
     workload = observed.workloads.get(job.uid)
     priority = None
     if queue.priority_class is not None:
-        found = await facts.find_at(f"/apis/{kueue_version}/workloadpriorityclasses/{queue.priority_class}")
-        priority = (found or {}).get("value")
-        if priority is None:
-            message = (
-                f"There is no WorkloadPriorityClass {queue.priority_class}: create it, or correct "
-                "spec.queue.priorityClass (suspend the job first)."
-            )
-            return QueuePlan(problem=Waiting(Reason.QUEUE_UNAVAILABLE, message))
+        remedy = "create it, or correct spec.queue.priorityClass (suspend the job first)"
+        found = await _find_queue_object(facts, kueue_version, "WorkloadPriorityClass", queue.priority_class, remedy)
+        if isinstance(found, Waiting):
+            return QueuePlan(problem=found)
+        priority = int(found.get("value") or 0)
     current = pipeline.current
     plan = reservation.plan_reservation(
         job,
@@ -119,7 +143,7 @@ async def plan_queue(
         stage_requests(job, settings),
         api_version=kueue_version,
         pods_left=observed.is_anything_live(),
-        needed=current is not None and current.state is not StageState.FAILED and not job.spec.suspend,
+        needed=current is not None and current.state is not StageState.FAILED and not _holds_still(job),
         priority=priority,
     )
     path = f"/apis/{kueue_version}/namespaces/{job.namespace}/workloads"
@@ -130,53 +154,78 @@ async def plan_queue(
         made = replace(made, ready=reservation.ready_manifest(workload, job.namespace, kueue_version, now))
     flavors = {}
     for name in reservation.assigned_flavors(workload):
-        flavor = await facts.find_at(f"/apis/{kueue_version}/resourceflavors/{name}")
-        if flavor is None:
-            message = (
-                f"ResourceFlavor {name} of the job's reservation cannot be read: create it, or let the operator get it."
-            )
-            return replace(made, problem=Waiting(Reason.QUEUE_UNAVAILABLE, message))
+        remedy = "the job's reservation was admitted with it; create it, or take it out of the ClusterQueue"
+        flavor = await _find_queue_object(facts, kueue_version, "ResourceFlavor", name, remedy)
+        if isinstance(flavor, Waiting):
+            return replace(made, problem=flavor)
         flavors[name] = flavor
     extra = reservation.flavor_placement(workload, flavors)
     return replace(made, placement=Placement(node_selector=extra.node_selector, tolerations=extra.tolerations))
+
+
+def _holds_still(job: FineTuneJob) -> bool:
+    return job.spec.suspend or job.spec.dry_run
 
 
 def stage_requests(job: FineTuneJob, settings: Settings) -> dict[str, reservation.StageRequest]:
     """What each stage that the job runs asks of a queue."""
     return {
         stage: reservation.stage_request(manifest["spec"]["template"], manifest["spec"]["completions"])
-        for stage, manifest in planned_jobs(job, settings, None).items()
+        for stage, manifest in planned_jobs(job, settings, planned_starts(job, settings, None)).items()
     }
 
 
-def planned_jobs(job: FineTuneJob, settings: Settings, device_resource: str | None) -> dict[str, Manifest]:
-    """The Job of each stage that the job runs, as far as it is known before the stages before it have ended."""
-    jobs = {}
+def planned_starts(
+    job: FineTuneJob, settings: Settings, device_resource: str | None, pipeline: Pipeline | None = None
+) -> dict[str, Start]:
+    """The next attempt of each stage that the job has yet to run, in order; of a whole job without a pipeline.
+
+    An attempt that is due is whole. Of one after it the artifacts that it will read are not known, nor its name.
+    """
+    plans = {} if pipeline is None else {plan.name: plan for plan in pipeline.stages}
+    starts = {}
     for stage in stage_names(job):
-        if is_skipped(job, stage):
+        plan = plans.get(stage)
+        if is_skipped(job, stage) or (plan is not None and plan.state in DONE):
             continue
-        config, digest = stage_config(job, stage, {}, settings.trainer_image, settings)
-        start = start_attempt(job, stage, 1, config, digest, settings.trainer_image, settings, device_resource)
-        jobs[stage] = stage_job(job, start, settings, Placement())
-    return jobs
+        if plan is not None and plan.start is not None:
+            starts[stage] = plan.start
+            continue
+        default = settings.of(stage).image or settings.trainer_image
+        config, digest = stage_config(job, stage, {}, job.spec.stages.of(stage).image or default, settings)
+        starts[stage] = start_attempt(job, stage, 1, config, digest, default, settings, device_resource)
+    return starts
 
 
-def reported_model(pipeline: Pipeline) -> Mapping[str, Any] | None:
-    """The base model's sizes as prepare has reported them; None before that."""
+def planned_jobs(job: FineTuneJob, settings: Settings, starts: Mapping[str, Start]) -> dict[str, Manifest]:
+    """The Job of each of these attempts, as it would be made."""
+    return {stage: stage_job(job, start, settings, Placement()) for stage, start in starts.items()}
+
+
+def _reported(pipeline: Pipeline) -> Mapping[str, Any]:
+    """The figures of prepare's report; none before that."""
     prepare = next((stage for stage in pipeline.stages if stage.name == contract.PREPARE), None)
     report = prepare.success.report if prepare is not None and prepare.success is not None else None
-    model = report.metrics.get("model") if report is not None else None
-    return model if isinstance(model, Mapping) else None
+    return {} if report is None else report.metrics
 
 
-def check_job(job: FineTuneJob, pipeline: Pipeline, settings: Settings, jobs: Mapping[str, Manifest]) -> Preflight:
+def check_job(job: FineTuneJob, pipeline: Pipeline, settings: Settings) -> Preflight:
     """The arithmetic of the spec against the devices; of the model's sizes too where they are known."""
     instance = find_instance(job, settings.instance_types)
     parallelism = job_parallelism(job, settings)
-    shape = find_shape(job, reported_model(pipeline), settings.model_shapes)
-    memory = pod_memory_bytes(jobs[contract.TRAIN])
+    model = _reported(pipeline).get("model")
+    shape = find_shape(job, model if isinstance(model, Mapping) else None, settings.model_shapes)
+    memory = memory_limit(container_resources(job, contract.TRAIN, settings, None)[1])
     problems = check_spec(job, parallelism, shape, instance, pod_memory_bytes=memory)
-    return Preflight(parallelism, shape, instance, memory, problems)
+    doubts = spec_doubts(job, parallelism, shape, instance, pod_memory_bytes=memory)
+    refused = Waiting(Reason.INVALID_SPEC, "; ".join(map(str, problems))) if problems else None
+    return Preflight(parallelism, shape, instance, memory, Findings(refused, doubts))
+
+
+def check_features(job: FineTuneJob, settings: Settings) -> Waiting | None:
+    """What the spec asks for and this installation does not have, as a refusal; None when it has all of it."""
+    problems = unavailable_features(job.spec, settings.features, queue_enabled=settings.queue_enabled)
+    return Waiting(Reason.FEATURE_NOT_AVAILABLE, "; ".join(map(str, problems))) if problems else None
 
 
 @dataclass(frozen=True)
@@ -187,39 +236,61 @@ class Preflight:
     shape: ModelShape | None
     instance: InstanceType | None
     pod_memory_bytes: int | None
-    problems: tuple[Problem, ...]
+    findings: Findings
 
 
 async def plan_job(
     facts: Facts,
     job: FineTuneJob,
+    observed: Observed,
     pipeline: Pipeline,
     settings: Settings,
     device: DeviceName | Mismatch | None,
     kueue_version: str | None,
-) -> PlanStatus:
-    """What spec.dryRun reports."""
-    jobs = planned_jobs(job, settings, device.name if isinstance(device, DeviceName) else None)
-    found = check_job(job, pipeline, settings, jobs)
-    gated = unavailable_features(
-        job.spec.model_copy(update={"dry_run": False}), settings.features, queue_enabled=settings.queue_enabled
-    )
-    doubts = spec_doubts(job, found.parallelism, found.shape, found.instance, pod_memory_bytes=found.pod_memory_bytes)
-    waiting = await _check_cluster(facts, job, next(iter(jobs)), jobs, kueue_version)
-    notes = [*doubts, *([waiting.message] if waiting is not None else [])]
-    if isinstance(device, Mismatch):
-        notes.append(device.message)
-    return derive_plan(
+) -> tuple[PlanStatus, Findings]:
+    """What spec.dryRun reports of the stages that the job has yet to run, and what the checks of its spec say."""
+    starts = planned_starts(job, settings, device.name if isinstance(device, DeviceName) else None, pipeline)
+    current = pipeline.current
+    under_way = current.name if current is not None and current.start is not None and not current.is_new else None
+    if under_way is not None:
+        del starts[under_way]
+    jobs = planned_jobs(job, settings, starts)
+    found = check_job(job, pipeline, settings)
+    refused = check_features(job, settings) or found.findings.refused
+    waiting = None
+    if starts:
+        first = next(iter(starts.values()))
+        _, waiting = await check_surroundings(facts, job, observed, first, jobs, device, kueue_version)
+    steps = _reported(pipeline).get("maxSteps")
+    plan = derive_plan(
         job,
         settings,
         jobs,
         found.parallelism,
         found.shape,
         found.instance,
-        problems=(*gated, *found.problems),
-        notes=notes,
+        total_steps=steps if isinstance(steps, int) else None,
+        refused=refused,
+        doubts=found.findings.doubts,
+        waiting=waiting,
+        under_way=under_way,
+        first_is_named=under_way is None and (not observed.attempts or (current is not None and current.is_new)),
         pod_memory_bytes=found.pod_memory_bytes,
     )
+    return plan, Findings(refused, found.findings.doubts)
+
+
+async def hear_silent(facts: Facts, job: FineTuneJob, observed: Observed, now: datetime) -> Observed:
+    """Observed with the newest warning about each child that does not start and does not say why.
+
+    Most often there is none, and nothing is asked.
+    """
+    silent = () if job.spec.suspend else to_ask(observed.attempts, now)
+    if not silent:
+        return observed
+    events = await asyncio.gather(*(facts.find_events(job.namespace, each.uid) for each in silent))
+    notes = zip((each.name for each in silent), map(newest_warning, events), strict=True)
+    return replace(observed, events={name: note for name, note in notes if note is not None})
 
 
 async def _check_cluster(
@@ -251,7 +322,10 @@ async def check_surroundings(
     device: DeviceName | Mismatch | None,
     kueue_version: str | None,
 ) -> tuple[Observed, Waiting | None]:
-    """(observed with what was looked up, what keeps the attempt from being begun or None)."""
+    """(observed with what was looked up, what keeps the attempt from being begun or None).
+
+    `jobs` are those of the attempt and of the stages after it.
+    """
     name = job.spec.workspace.claim_name
     references = [secret_references(job)[secret] for secret in start.config.secrets]
     claim, secrets = await asyncio.gather(
@@ -265,7 +339,5 @@ async def check_surroundings(
     if problem is None and isinstance(device, Mismatch):
         problem = Waiting(device.reason, device.message)
     if problem is None:
-        stages = list(jobs)
-        left = {stage: jobs[stage] for stage in stages[stages.index(start.config.stage) :]}
-        problem = await _check_cluster(facts, job, start.config.stage, left, kueue_version)
+        problem = await _check_cluster(facts, job, start.config.stage, jobs, kueue_version)
     return observed, problem

@@ -21,7 +21,7 @@ JOBS_AND_PODS: Rules = {
     ("", "persistentvolumeclaims"): {"get"},
     ("", "secrets"): {"get"},
     ("", "resourcequotas"): {"list"},
-    ("events.k8s.io", "events"): {"create"},
+    ("events.k8s.io", "events"): {"list", "create"},
 }
 LOGS: Rules = {("", "pods/log"): {"get"}}
 QUEUE: Rules = {

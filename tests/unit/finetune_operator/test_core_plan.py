@@ -8,15 +8,17 @@ from builders import make_job
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_operator.api.constants import LABEL_QUEUE
+from finetune_operator.api.constants import LABEL_QUEUE, Reason
 from finetune_operator.api.finetunejob import FineTuneJob, unavailable_features
 from finetune_operator.api.status import Cost, FineTuneJobStatus, MemoryParts, PlanCost, PlannedStage, PlanStatus
 from finetune_operator.core.accelerators.instances import BUILT_IN
+from finetune_operator.core.failure import Waiting
 from finetune_operator.core.memory import GIB
 from finetune_operator.core.model_shapes import BUILT_IN_SHAPES
 from finetune_operator.core.parallelism import Parallelism, derive_parallelism
-from finetune_operator.core.plan import Usage, derive_cost, derive_plan, train_flops
+from finetune_operator.core.plan import derive_cost, derive_plan, train_flops
 from finetune_operator.core.preflight import spec_doubts
+from finetune_operator.core.records import Outcome, Result
 from finetune_operator.core.settings import Settings
 
 SETTINGS = Settings(trainer_image="registry.example/trainer:0123abc", currency="EUR")
@@ -151,15 +153,53 @@ def test_prepares_count_of_steps_wins_over_the_spec() -> None:
     assert plan.cost is not None
 
 
-def test_problems_and_doubts_are_said_and_the_job_is_not_recommended() -> None:
+def test_a_refusal_and_doubts_are_said_and_the_job_is_not_recommended() -> None:
     job = trainium()
-    problems = unavailable_features(job.spec)
-    notes = spec_doubts(job, spread(job, 32), None, TRN1)
-    plan = derive_plan(job, SETTINGS, JOBS, spread(job, 32), None, TRN1, problems=problems, notes=notes)
-    assert "It would be refused: spec.parallelism.tensorParallelSize: " in plan.message
+    refused = Waiting(Reason.FEATURE_NOT_AVAILABLE, "; ".join(map(str, unavailable_features(job.spec))))
+    doubts = spec_doubts(job, spread(job, 32), None, TRN1)
+    plan = derive_plan(job, SETTINGS, JOBS, spread(job, 32), None, TRN1, refused=refused, doubts=doubts)
+    assert "It would be refused (FeatureNotAvailable): spec.parallelism.tensorParallelSize: " in plan.message
     assert "spec.accelerator.type: accelerator.type: neuron is not available in this release; use cpu." in plan.message
     assert plan.message.endswith("are checked after prepare.")
     assert "Set spec.dryRun to false" not in plan.message
+
+
+def test_what_the_job_would_wait_for_is_said_and_does_not_speak_against_starting_it() -> None:
+    job, waiting = trainium(), Waiting(Reason.CLAIM_MISSING, "PersistentVolumeClaim fsx does not exist: create it.")
+    plan = derive_plan(job, SETTINGS, JOBS, spread(job, 32), LLAMA_8B, TRN1, waiting=waiting)
+    assert "It would wait (ClaimMissing): PersistentVolumeClaim fsx does not exist: create it. Set" in plan.message
+
+
+@pytest.mark.parametrize(
+    ("left", "under_way", "words"),
+    [
+        (("merge",), None, "Nothing is started: spec.dryRun is true. The job would run merge (1 pod)."),
+        (
+            ("merge",),
+            "train",
+            "Stage train goes on to its end, and no other is started: spec.dryRun is true. The job would then run ",
+        ),
+        (
+            (),
+            "merge",
+            "Stage merge goes on to its end, and no other is started: spec.dryRun is true. No other stage is",
+        ),
+        ((), None, "Nothing is started: spec.dryRun is true. No other stage is left to run."),
+    ],
+    ids=["a stage is due", "one runs and one is left", "the last one runs", "all are done"],
+)
+def test_the_plan_is_of_what_is_left_to_run(left: tuple[str, ...], under_way: str | None, words: str) -> None:
+    job = trainium()
+    jobs = {stage: JOBS[stage] for stage in left}
+    plan = derive_plan(
+        job, SETTINGS, jobs, spread(job, 32), LLAMA_8B, TRN1, under_way=under_way, first_is_named=under_way is None
+    )
+    assert plan.message.startswith(words)
+    assert [stage.name for stage in plan.stages] == list(left)
+    assert [stage.job_name is None for stage in plan.stages] == [under_way is not None] * len(left)
+    assert plan.estimate is not None
+    assert (plan.estimate.train_hours, plan.cost) == (None, None)
+    assert "no training is left to start" in plan.estimate.assumptions
 
 
 def test_on_cpus_the_processes_of_a_pod_share_its_memory() -> None:
@@ -182,29 +222,39 @@ def test_full_training_takes_six_operations_a_parameter_and_token(steps: int, ac
     )
 
 
-USAGES = (Usage("prepare", 1, 90), Usage("train", 2, 1800.4), Usage("train", 2, 5400), Usage("merge", 1, 60))
+def ended(*attempts: tuple[str, int | None]) -> dict[tuple[str, str, int], Outcome]:
+    """Outcomes by attempt, from (stage, seconds of its pods)."""
+    return {
+        (stage, "0123456789abcdef", number): Outcome(Result.RETRY, Reason.EVICTED, pod_seconds=seconds)
+        for number, (stage, seconds) in enumerate(attempts, start=1)
+    }
+
+
+ENDED = ended(("prepare", 90), ("compile", 300), ("train", 3601), ("train", 10800), ("merge", 60), ("evaluate", None))
 
 
 def test_the_cost_is_the_time_of_all_pods_and_the_price_of_the_accelerators() -> None:
-    assert derive_cost(USAGES, TRN1, "EUR") == Cost(
-        node_seconds=90 + 3601 + 10800 + 60, amount=round((3600.8 + 10800) / 3600 * 21.5, 2), currency="EUR"
+    assert derive_cost(ENDED, TRN1, "EUR") == Cost(
+        pod_seconds=90 + 300 + 3601 + 10800 + 60,
+        amount=round((300 + 3601 + 10800) / 3600 * 21.5, 2),
+        currency="EUR",
     )
 
 
 @pytest.mark.parametrize("instance", [None, BUILT_IN["ml.trn1.32xlarge"]], ids=["cpu", "an instance without price"])
 def test_without_a_price_only_the_time_is_counted(instance: Any) -> None:
-    assert derive_cost(USAGES, instance, "EUR") == Cost(node_seconds=14551)
+    assert derive_cost(ENDED, instance, "EUR") == Cost(pod_seconds=14851)
 
 
-def test_before_anything_ran_there_is_no_cost() -> None:
-    assert derive_cost([Usage("train", 2, 0)], TRN1, "EUR") is None
+def test_before_a_pod_had_a_node_there_is_no_cost() -> None:
+    assert derive_cost(ended(("train", 0)), TRN1, "EUR") is None
+    assert derive_cost({}, TRN1, "EUR") is None
 
 
-@given(st.lists(st.tuples(st.sampled_from(["prepare", "train"]), st.integers(1, 9), st.floats(0, 1e6)), max_size=6))
-def test_an_attempt_more_never_makes_a_job_cheaper(attempts: list[tuple[str, int, float]]) -> None:
-    usages = [Usage(*attempt) for attempt in attempts]
-    amounts = [derive_cost(usages[:count], TRN1, "EUR") for count in range(len(usages) + 1)]
-    seconds = [0 if cost is None else cost.node_seconds or 0 for cost in amounts]
+@given(st.lists(st.tuples(st.sampled_from(["prepare", "train"]), st.none() | st.integers(0, 10**6)), max_size=6))
+def test_an_attempt_more_never_makes_a_job_cheaper(attempts: list[tuple[str, int | None]]) -> None:
+    amounts = [derive_cost(ended(*attempts[:count]), TRN1, "EUR") for count in range(len(attempts) + 1)]
+    seconds = [0 if cost is None else cost.pod_seconds or 0 for cost in amounts]
     prices = [0 if cost is None else cost.amount or 0 for cost in amounts]
     assert seconds == sorted(seconds)
     assert prices == sorted(prices)

@@ -23,10 +23,10 @@ from finetune_operator.core.preflight import (
     Quota,
     check_cluster,
     check_spec,
+    memory_limit,
     parse_claim,
     parse_cluster_queue,
     parse_quota,
-    pod_memory_bytes,
     pod_requests,
     spec_doubts,
 )
@@ -275,8 +275,8 @@ def test_a_jobs_pods_are_asked_for_as_the_api_server_counts_them() -> None:
         limits={"cpu": Decimal(3), "memory": Decimal(6 * GIB), "nvidia.com/gpu": Decimal(12)},
         priority_class="high",
     )
-    assert pod_memory_bytes(manifest) == 2 * GIB
-    assert pod_memory_bytes(job_manifest(1, {"requests": {"memory": "1Gi"}})) is None
+    assert memory_limit({"memory": "2Gi", "cpu": "1"}) == 2 * GIB
+    assert memory_limit({"cpu": "1"}) is None
 
 
 @pytest.mark.parametrize(

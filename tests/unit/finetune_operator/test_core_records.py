@@ -60,6 +60,7 @@ outcomes = st.builds(
     log=st.lists(lines, max_size=LOG_MAX_LINES).map(tuple),
     step=steps,
     checkpoint_step=steps,
+    pod_seconds=steps,
 )
 
 

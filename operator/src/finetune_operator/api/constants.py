@@ -72,7 +72,7 @@ class Word(StrEnum):
 class Phase(Word):
     """status.phase: one word for people, derived from the conditions and read by nobody."""
 
-    PENDING = "Pending", "Nothing was started yet."
+    PENDING = "Pending", "Nothing was started yet, or spec.dryRun keeps the next stage from it."
     QUEUED = "Queued", "The current stage, or the whole pipeline, waits for quota."
     PREPARING = "Preparing", "Stage prepare is current."
     COMPILING = "Compiling", "Stage compile is current."
@@ -105,7 +105,7 @@ class ConditionType(Word):
     """status.conditions[].type, in the order in which they are listed."""
 
     SUCCEEDED = "Succeeded", "The whole job. Unknown while it is under way, True or False at its end."
-    VALIDATED = "Validated", "False: the spec asks for what is wrong or not available, and nothing was started."
+    VALIDATED = "Validated", "False: the spec asks for what is wrong or not available. True: may go on with doubts."
     STORAGE_READY = "StorageReady", "The workspace's claim and the Secrets that a stage mounts are there."
     QUOTA_RESERVED = "QuotaReserved", "Kueue admitted the current stage or the whole pipeline; reasons are Kueue's."
     HEALTHY = "Healthy", "False after a node's fault or a hang, until the next attempt runs."
@@ -179,7 +179,7 @@ class Reason(Word):
     MOUNT_FAILED = "MountFailed", "The node cannot mount a volume of the stage's pod."
     CONTAINER_CONFIG_ERROR = "ContainerConfigError", "The kubelet cannot make or start the stage's container."
     QUEUE_UNAVAILABLE = "QueueUnavailable", "spec.queue is set, and Kueue is not there or does not take up the job."
-    QUOTA_EXCEEDED = "QuotaExceeded", "A quota of the namespace refuses the stage's objects."
+    QUOTA_EXCEEDED = "QuotaExceeded", "A quota of the namespace has no room for the stage's objects now."
     QUOTA_EXCEEDS_MAX = "QuotaExceedsMax", "A stage asks for more than a quota or the queue can ever give."
     CHILD_REFUSED = "ChildRefused", "The API server or a policy refuses an object of the stage; the message says why."
     # how it ended

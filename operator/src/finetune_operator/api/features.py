@@ -1,8 +1,8 @@
 """What the API already types but this release does not do yet, found before anything is started.
 
-The reconciler calls it on every valid spec and sets Validated=False with reason FeatureNotAvailable for what it
-returns, so that a job that asks for such a thing is told so instead of being run without it. A dry run starts nothing,
-so there it is only said in the plan.
+surroundings.py calls it on every valid spec, and Validated is False with reason FeatureNotAvailable for what it
+returns, so that a job that asks for such a thing is told so instead of being run without it. A dry run has its plan
+all the same.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ def unavailable_features(
     """A Problem for each field whose value this release cannot serve; empty when it can serve the whole spec.
 
     `features` are the installation's gates, by the names of core/settings.py; one that is not there is off.
-    `queue_enabled` says whether the installation serves spec.queue. A dry run has the same problems: its caller reports
-    them and refuses nothing.
+    `queue_enabled` says whether the installation serves spec.queue.
     """
     return tuple(
         Problem(f"spec.{field}", value, f"{field}: {value} is not available in this {where}; {remedy}")

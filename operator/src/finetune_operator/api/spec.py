@@ -408,5 +408,9 @@ class FineTuneJobSpec(Model):
         description="Time after its end at which the FineTuneJob object is deleted, in seconds; absent: never. "
         "Artifacts stay.",
     )
-    dry_run: bool = Field(default=False, description="Whether only the plan is reported and no stage starts.")
+    dry_run: bool = Field(
+        default=False,
+        description="Whether only the plan of what is left to run is reported, in status.plan, and no stage starts. A "
+        "stage that runs goes on to its end; spec.suspend stops it.",
+    )
     stages: Stages = Field(default=Stages(), description="Overrides of single stages' pods.")

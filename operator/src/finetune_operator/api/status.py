@@ -229,7 +229,7 @@ class PlanCost(StatusModel):
 
 
 class PlanStatus(StatusModel):
-    """What spec.dryRun reports: the Jobs and figures of a job that was not started."""
+    """What spec.dryRun reports: the Jobs and figures of what is still to run, of which nothing is started."""
 
     message: _Message = Field(default="", description="What the job would do, and what would keep it from that.")
     world_size: int = Field(ge=1, description="Training processes in all.")
@@ -251,15 +251,19 @@ class PlanStatus(StatusModel):
 
 
 class Cost(StatusModel):
-    """What the job took so far."""
+    """What the attempts that have ended took, as far as their Jobs are still there."""
 
-    node_seconds: int | None = Field(
-        default=None, ge=0, description="Time of all pods of all attempts together, in seconds."
+    pod_seconds: int | None = Field(
+        default=None,
+        ge=0,
+        description="Time for which their pods had a node, all together, in seconds. Attempts of an earlier spec are "
+        "not in it, nor is the time before a queue took its quota back.",
     )
     amount: float | None = Field(
         default=None,
         ge=0,
-        description="Price of the time on accelerator nodes in it, where prices are configured.",
+        description="Price of the time on accelerator nodes in it; absent where the chart's instanceTypes have no "
+        "pricePerHour for them.",
     )
     currency: _Currency | None = Field(default=None, description="Currency of amount, such as USD.")
 
@@ -313,5 +317,5 @@ class FineTuneJobStatus(StatusModel):
     )
     artifacts: Artifacts | None = Field(default=None, description="Where the results lie on the workspace volume.")
     trainable_parameters: int | None = Field(default=None, ge=0, description="Parameters that training changes.")
-    cost: Cost | None = Field(default=None, description="What the job took so far.")
+    cost: Cost | None = Field(default=None, description="What the attempts that have ended took.")
     plan: PlanStatus | None = Field(default=None, description="What spec.dryRun reports; absent without it.")

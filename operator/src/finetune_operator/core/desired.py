@@ -91,7 +91,8 @@ def desired_state(
     forced, wake_at = _drained_pods(observed, pipeline, settings, now)
     return Desired(
         records=(*_records(job, observed, pipeline, now), *_notes(observed, pipeline, now)),
-        deletions=(*_deletions(job, observed, pipeline), *forced),
+        # What a dry run's spec has no use for may be wanted again: it starts nothing and removes nothing.
+        deletions=(*(() if job.spec.dry_run else _deletions(job, observed, pipeline)), *forced),
         manifests=tuple(
             manifest for stage in pipeline.stages for manifest in _manifests(job, stage, pipeline, settings)
         ),
@@ -117,7 +118,7 @@ def _records(job: FineTuneJob, observed: Observed, pipeline: Pipeline, now: date
             stopped = _stopped(job, pipeline)
             if stopped is not None:
                 begun = stage_job.created_at if any(pod.running or pod.has_ended for pod in attempt.pods) else None
-                ended = replace(stopped, started_at=begun, finished_at=now)
+                ended = replace(stopped, started_at=begun, finished_at=now, pod_seconds=attempt.pod_seconds(now))
                 yield Record(JOB, stage_job.name, outcome_annotations(ended), True, ended)
 
 

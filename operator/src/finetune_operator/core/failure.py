@@ -130,7 +130,7 @@ def find_waiting(attempt: Attempt, *, events: Mapping[str, Note] = _NO_EVENTS) -
             if waiting is not None:
                 return waiting
     event = events.get(attempt.name)
-    if event is None or attempt.pods:
+    if event is None or attempt.job is None or len(attempt.pods) >= attempt.job.completions:
         return None
     evidence = Evidence(f"Job {attempt.name}", attempt.stage, event_reason=event.reason, event_message=event.message)
     return _waiting(evidence)

@@ -2,9 +2,11 @@
 logits.
 
 Called by preflight.py, which compares it with the instance, and by plan.py, which reports it. The first three follow
-exactly from the trainer's number formats. The last two are estimates for a trainer without activation checkpointing
-(ours has none) and with an attention that never stores its matrix of scores; TOLERANCE says how good they are. Not
-counted: the device's context and communication buffers, fragmentation, and the process itself.
+exactly from the trainer's number formats. The last two are estimates for a trainer without activation checkpointing,
+sequence parallelism and sharding of the optimizer (ours has none, and the spec no field for any), and with an attention
+that never stores its matrix of scores; TOLERANCE says how good they are. Not counted: the device's context and
+communication buffers, fragmentation, and the process itself. Of a mixture of experts the weights are counted whole, as
+every rank holds them, and the activations of one expert, as if each token went to one.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Note:
 class Pod:
     """One pod of a stage. `deletion_requested_at` is when somebody asked for its deletion, before its grace period.
 
-    `started_at` is when the stage's container began to run.
+    `started_at` is when the stage's container began to run, `scheduled_at` when the pod was given its node.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Pod:
     uid: str = ""
     started_at: datetime | None = None
     created_at: datetime | None = None
+    scheduled_at: datetime | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -139,6 +140,16 @@ class Attempt:
         """The pods of which something may still run."""
         return tuple(pod for pod in self.pods if not pod.has_ended)
 
+    def pod_seconds(self, until: datetime) -> int:
+        """Seconds for which the pods had a node, all together; those that have not ended are counted up to `until`."""
+        total = timedelta()
+        for pod in self.pods:
+            begun = pod.scheduled_at or pod.started_at
+            ended = (pod.terminated.finished_at if pod.terminated is not None else None) or until
+            if begun is not None and begun < ended:
+                total += ended - begun
+        return round(total / timedelta(seconds=1))
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -165,6 +176,8 @@ class Observed:
     deleted_nodes: frozenset[str] = frozenset()
     workloads: Mapping[str, Workload] = field(default_factory=dict)
     kueue_installed: bool = False
+    events: Mapping[str, Note] = field(default_factory=dict)
+    """Newest warning by the name of the pod or Job that it is about, of those that do not start (silence.py)."""
 
     def of_stage(self, stage: str) -> tuple[Attempt, ...]:
         """Every attempt of a stage, of whatever digest."""
@@ -306,11 +319,13 @@ def parse_pod(raw: Raw) -> Pod:
     metadata, status = raw["metadata"], raw.get("status") or {}
     labels, annotations = metadata.get("labels") or {}, metadata.get("annotations") or {}
     index = annotations.get(INDEX_ANNOTATION) or labels.get(INDEX_ANNOTATION) or "0"
-    unschedulable = disruption = None
+    unschedulable = disruption = scheduled_at = None
     for condition in _conditions(raw):
         note = Note(condition.get("reason") or "", condition.get("message") or "")
         if condition["type"] == "PodScheduled" and condition.get("status") == "False":
             unschedulable = note
+        elif condition["type"] == "PodScheduled" and condition.get("status") == "True":
+            scheduled_at = parse_time(condition.get("lastTransitionTime"))
         elif condition["type"] == "DisruptionTarget" and condition.get("status") == "True":
             disruption = note
     deleted = parse_time(metadata.get("deletionTimestamp"))
@@ -337,6 +352,7 @@ def parse_pod(raw: Raw) -> Pod:
         uid=metadata.get("uid") or "",
         started_at=parse_time((running or ended or {}).get("startedAt")),
         created_at=parse_time(metadata.get("creationTimestamp")),
+        scheduled_at=scheduled_at,
     )
 
 

@@ -1,18 +1,17 @@
-"""What a job will take and what it took: the plan of spec.dryRun, and the running cost.
+"""What a job will take and what it took: the plan of spec.dryRun, and the cost.
 
-Called by reconcile.py. derive_plan describes the Jobs that desired.py would make, in its very manifests, and adds the
-arithmetic of memory.py, the training's time and its price. Pure, and nothing of it decides what runs.
+Called by surroundings.py and reconcile.py. derive_plan describes the Jobs that desired.py would make, in its very
+manifests, and adds the arithmetic of memory.py, the training's time and its price. Pure, and nothing of it decides what
+runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune_operator.api import constants
 from finetune_operator.api.finetunejob import FineTuneJob
-from finetune_operator.api.problems import Problem
 from finetune_operator.api.status import (
     Cost,
     MemoryParts,
@@ -23,25 +22,20 @@ from finetune_operator.api.status import (
 )
 from finetune_operator.core.accelerators.instances import InstanceType
 from finetune_operator.core.accelerators.whole_node import DEVICE_STAGES
+from finetune_operator.core.failure import Waiting
 from finetune_operator.core.memory import GIB, MemoryEstimate, estimate_memory, trainable_parameters
 from finetune_operator.core.model_shapes import ModelShape
+from finetune_operator.core.observed import AttemptKey
 from finetune_operator.core.parallelism import Parallelism
+from finetune_operator.core.records import Outcome
 from finetune_operator.core.settings import Settings
+from finetune_trainer import contract
 
 UTILISATION = 0.35
 """Share of the devices' bf16 peak that training is supposed to reach (model FLOPs utilisation; Chowdhery et al. 2022,
 "PaLM", appendix B). 0.25 to 0.5 is what tuned runs publish, and a small model or batch reaches less."""
 
 Manifest = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Usage:
-    """The time of one attempt: `pods` of `stage` for `seconds` each."""
-
-    stage: str
-    pods: int
-    seconds: float
 
 
 def derive_plan(
@@ -53,32 +47,38 @@ def derive_plan(
     instance: InstanceType | None,
     *,
     total_steps: int | None = None,
-    problems: Sequence[Problem] = (),
-    notes: Sequence[str] = (),
+    refused: Waiting | None = None,
+    doubts: Sequence[str] = (),
+    waiting: Waiting | None = None,
+    under_way: str | None = None,
+    first_is_named: bool = True,
     pod_memory_bytes: int | None = None,
 ) -> PlanStatus:
     """The plan of a job.
 
-    `jobs` has the batch/v1 Job of each stage that would run, in order. `total_steps` is prepare's count where it is
-    known; without it spec.training.maxSteps is. `problems` would have the job refused (unavailable_features,
-    check_spec) and `notes` are for its reader (spec_doubts, check_cluster): both end up in the message.
+    `jobs` has the batch/v1 Job of each stage that is still to run, in order; `first_is_named` says whether the name of
+    the first one is its final one, as that of the others never is. `total_steps` is prepare's count where it is known;
+    without it spec.training.maxSteps is. `refused` is why the job would not be started, `waiting` what its first stage
+    would wait for, `doubts` are spec_doubts: all end up in the message. `under_way` is a stage that runs all the same.
     """
     steps = total_steps if total_steps is not None else job.spec.training.max_steps
     memory = None if shape is None else estimate_memory(job.spec, parallelism, shape)
-    hours, why_not = _train_hours(job, parallelism, shape, instance, steps)
+    hours, why_not = None, "trainHours: no training is left to start."
+    if contract.TRAIN in jobs:
+        hours, why_not = _train_hours(job, parallelism, shape, instance, steps)
     price = None if instance is None else instance.price_per_hour
     cost = None
     if hours is not None and price is not None:
         amount = round(hours * parallelism.num_nodes * price, 2)
         cost = PlanCost(amount=amount, currency=settings.currency)
     return PlanStatus(
-        message=_message(job, jobs, problems, notes),
+        message=_message(jobs, refused, doubts, waiting, under_way),
         world_size=parallelism.world_size,
         data_parallel_size=parallelism.dp_size,
         global_batch_size=parallelism.global_batch_size,
         trainable_parameters=None if shape is None else trainable_parameters(job.spec, shape),
         stages=tuple(
-            _planned(job, stage, manifest, instance, is_first=stage == next(iter(jobs)))
+            _planned(job, stage, manifest, instance, is_named=first_is_named and stage == next(iter(jobs)))
             for stage, manifest in jobs.items()
         ),
         estimate=PlanEstimate(
@@ -106,26 +106,25 @@ def train_flops(job: FineTuneJob, parallelism: Parallelism, shape: ModelShape, s
     return (4 * shape.parameters + 6 * trainable_parameters(job.spec, shape)) * tokens
 
 
-def derive_cost(usages: Iterable[Usage], instance: InstanceType | None, currency: str) -> Cost | None:
-    """What the attempts took: the time of all pods, and the price of those on the accelerator's nodes.
+def derive_cost(outcomes: Mapping[AttemptKey, Outcome], instance: InstanceType | None, currency: str) -> Cost | None:
+    """What the attempts that have ended took: the time of their pods, and the price of those on accelerator nodes.
 
-    None before anything ran. Counted to whole seconds and cents. The stages that run on CPUs are not priced, since
-    nobody says on which instances they ran; where the instance type has no price there is no amount.
+    None before any pod had a node. Counted to whole seconds and cents. Only stages that have their nodes to themselves
+    are priced: the pods of all others share nodes of which nobody says what they are. Where the instance type has no
+    price there is no amount.
     """
-    usages = [usage for usage in usages if usage.seconds > 0]
-    if not usages:
+    seconds = sum(outcome.pod_seconds or 0 for outcome in outcomes.values())
+    if not seconds:
         return None
-    node_seconds = round(sum(usage.pods * usage.seconds for usage in usages))
     if instance is None or instance.price_per_hour is None:
-        return Cost(node_seconds=node_seconds)
-    on_devices = sum(usage.pods * usage.seconds for usage in usages if usage.stage in DEVICE_STAGES)
-    return Cost(
-        node_seconds=node_seconds, amount=round(on_devices / 3600 * instance.price_per_hour, 2), currency=currency
-    )
+        return Cost(pod_seconds=seconds)
+    priced = sum(outcome.pod_seconds or 0 for (stage, _, _), outcome in outcomes.items() if stage in DEVICE_STAGES)
+    amount = round(priced / 3600 * instance.price_per_hour, 2)
+    return Cost(pod_seconds=seconds, amount=amount, currency=currency)
 
 
 def _planned(
-    job: FineTuneJob, stage: str, manifest: Manifest, instance: InstanceType | None, *, is_first: bool
+    job: FineTuneJob, stage: str, manifest: Manifest, instance: InstanceType | None, *, is_named: bool
 ) -> PlannedStage:
     pod = manifest["spec"]["template"]["spec"]
     container = pod["containers"][0]
@@ -134,7 +133,7 @@ def _planned(
     queue = labels.get(constants.LABEL_QUEUE) or (job.spec.queue.name if job.spec.queue is not None else None)
     return PlannedStage(
         name=stage,
-        job_name=manifest["metadata"]["name"] if is_first else None,
+        job_name=manifest["metadata"]["name"] if is_named else None,
         pods=manifest["spec"].get("parallelism") or 1,
         instance_type=instance.name if instance is not None and stage in DEVICE_STAGES else None,
         requests={name: str(value) for name, value in (resources.get("requests") or {}).items()},
@@ -184,8 +183,8 @@ def _assumptions(memory: MemoryEstimate | None, hours: float | None, why_not: st
         said.append("memoryGibPerDevice: the model's sizes are not known before prepare has run.")
     else:
         said.append(
-            "Memory: no activation checkpointing, fused attention, every token of a row in the loss; the device's "
-            "context, communication buffers and fragmentation come on top."
+            "Memory: no activation checkpointing, no sharding of the optimizer, fused attention, every token of a row "
+            "in the loss; the device's context, communication buffers and fragmentation come on top."
         )
     if hours is None:
         said.append(why_not)
@@ -200,14 +199,28 @@ def _assumptions(memory: MemoryEstimate | None, hours: float | None, why_not: st
     return " ".join(said)
 
 
-def _message(job: FineTuneJob, jobs: Mapping[str, Manifest], problems: Sequence[Problem], notes: Sequence[str]) -> str:
+def _message(
+    jobs: Mapping[str, Manifest],
+    refused: Waiting | None,
+    doubts: Sequence[str],
+    waiting: Waiting | None,
+    under_way: str | None,
+) -> str:
     pods = {stage: manifest["spec"].get("parallelism") or 1 for stage, manifest in jobs.items()}
     shown = ", ".join(f"{stage} ({number} pod{'s' if number > 1 else ''})" for stage, number in pods.items())
-    said = [f"Nothing is started: spec.dryRun is true. The job would run {shown}."]
-    if problems:
-        said.append("It would be refused: " + "; ".join(str(problem) for problem in problems) + ".")
-    said.extend(notes)
-    if not problems:
+    if under_way is not None:
+        said = [f"Stage {under_way} goes on to its end, and no other is started: spec.dryRun is true."]
+    else:
+        said = ["Nothing is started: spec.dryRun is true."]
+    if not jobs:
+        return " ".join([*said, "No other stage is left to run."])
+    said.append(f"The job would {'then ' if under_way is not None else ''}run {shown}.")
+    if refused is not None:
+        said.append(f"It would be refused ({refused.reason}): {refused.message}.")
+    if waiting is not None:
+        said.append(f"It would wait ({waiting.reason}): {waiting.message}")
+    said.extend(doubts)
+    if refused is None:
         said.append("Set spec.dryRun to false to start it.")
     return " ".join(said)
 

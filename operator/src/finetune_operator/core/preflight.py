@@ -4,7 +4,10 @@ check_spec holds the spec against the model's sizes and the instance; what it fi
 the sizes are known: before prepare for models of the table, before compile and train for all others. check_cluster
 holds the stages against claim, quotas and queue; those change without the spec, so what it finds is waited for: with
 reason QuotaExceedsMax where the request is above what can ever be given, QuotaExceeded where others use it now. Pure:
-the facts are parsed here from objects that reconcile.py reads.
+the facts are parsed here from objects that surroundings.py reads.
+
+Not looked at beforehand: what a LimitRange or an admission webhook adds to a pod, and policies. What those refuse is
+told by the Job controller's event (silence.py).
 """
 
 from __future__ import annotations
@@ -37,6 +40,14 @@ READ_ONLY_MANY = "ReadOnlyMany"
 
 
 # ---- the spec against model and instance
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the checks of a spec say: why it is refused, None where it is not, and what may go wrong all the same."""
+
+    refused: Waiting | None = None
+    doubts: tuple[str, ...] = ()
 
 
 def check_spec(
@@ -257,12 +268,10 @@ def pod_requests(stage: str, manifest: Raw) -> PodRequests:
     )
 
 
-def pod_memory_bytes(manifest: Raw) -> int | None:
-    """The memory limit of one pod of a batch/v1 Job, in bytes; None where a container has none."""
-    containers = manifest["spec"]["template"]["spec"].get("containers") or ()
-    limits = [parse_quantities((each.get("resources") or {}).get("limits")).get("memory") for each in containers]
-    bounded = [limit for limit in limits if limit is not None]
-    return int(sum(bounded)) if bounded and len(bounded) == len(limits) else None
+def memory_limit(limits: Mapping[str, str]) -> int | None:
+    """The memory limit of a container, in bytes, from its limits by resource; None where it has none."""
+    memory = parse_quantities(limits).get("memory")
+    return None if memory is None else int(memory)
 
 
 def parse_claim(name: str, raw: Raw | None) -> ClaimFacts:

@@ -53,7 +53,8 @@ class Outcome:
 
     `pod` and `node` are those that failed first (`node` is None where no single one is to blame), `nodes` all that the
     attempt ran on. `log` is the end of that pod's log, without secrets. `step` is the last one that was done,
-    `checkpoint_step` that of the newest complete checkpoint; None where nothing was posted.
+    `checkpoint_step` that of the newest complete checkpoint; None where nothing was posted. `pod_seconds` is the time
+    for which its pods had a node, all together; None where an earlier release wrote the record.
     """
 
     result: Result
@@ -71,6 +72,7 @@ class Outcome:
     log: tuple[str, ...] = ()
     step: int | None = None
     checkpoint_step: int | None = None
+    pod_seconds: int | None = None
 
     @property
     def lost_steps(self) -> int | None:
@@ -101,6 +103,7 @@ def outcome_annotations(outcome: Outcome) -> dict[str, str]:
         "log": [_cut(line, MAX_LINE_LENGTH) for line in outcome.log[-LOG_MAX_LINES:]],
         "step": outcome.step,
         "checkpointStep": outcome.checkpoint_step,
+        "podSeconds": outcome.pod_seconds,
     }
     value = {key: item for key, item in value.items() if key in _REQUIRED or item not in (None, [])}
     annotations = {ANNOTATION_OUTCOME: contract.canonical_json(value).decode()}
@@ -137,6 +140,7 @@ def find_outcome(annotations: Mapping[str, str]) -> Outcome | None:
             log=tuple(str(line) for line in value.get("log") or ()),
             step=value.get("step"),
             checkpoint_step=value.get("checkpointStep"),
+            pod_seconds=value.get("podSeconds"),
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

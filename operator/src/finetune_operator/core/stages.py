@@ -24,12 +24,11 @@ from finetune_operator.core.pods import Placement
 from finetune_operator.core.queueing import QueueState, derive_queue_state, no_workload_at
 from finetune_operator.core.records import Outcome, Result
 from finetune_operator.core.settings import RetryTiming, Settings
+from finetune_operator.core.silence import SILENT_SECONDS, find_silent, next_look
 from finetune_trainer import contract
 from finetune_trainer.contract import ArtifactRef
 
 DONE = frozenset({StageState.SUCCEEDED, StageState.REUSED, StageState.SKIPPED})
-NO_POD_SECONDS = 10
-"""A Job without any pod for so long has had its pods refused; only the Job controller's events say why."""
 JITTER = 0.2
 """A wait is up to this share longer, by a hash of job and attempt, so that jobs that failed together spread."""
 
@@ -101,6 +100,10 @@ class Pipeline:
         """The pipeline with the selector and tolerations of a reservation's flavors beside its own affinity."""
         return replace(self, placement=replace(placement, affinity=self.placement.affinity))
 
+    def held(self) -> Pipeline:
+        """The pipeline of a dry run: what runs goes on to its end, and no attempt begins or asks for quota."""
+        return replace(self, stages=tuple(_held_back(stage) for stage in self.stages))
+
     def outcome_of(self, attempt: Attempt) -> Outcome | None:
         """How the attempt ended, recorded or only just seen; None while it is under way."""
         return self.outcomes.get(attempt.key, attempt.recorded)
@@ -122,6 +125,13 @@ class Pipeline:
     def restarts(self) -> int:
         """Attempts that ended without their artifact, of all stages together."""
         return sum(stage.restarts for stage in self.stages)
+
+
+def _held_back(stage: StagePlan) -> StagePlan:
+    if not stage.is_new and not (stage.state is StageState.QUEUED and stage.start is None):
+        return stage
+    message = "It is not started while spec.dryRun is true."
+    return replace(stage, state=StageState.WAITING, reason=Reason.DRY_RUN, message=message, start=None, wake_at=None)
 
 
 def _image(job: FineTuneJob, stage: str, observed: Observed, settings: Settings) -> tuple[str, str]:
@@ -275,9 +285,20 @@ def _outcomes(
                 hung=find_hang(job, attempt, settings, now, progress),
                 now=now,
             )
+            if outcome is not None:
+                outcome = replace(outcome, pod_seconds=attempt.pod_seconds(outcome.finished_at or now))
         if outcome is not None:
             found[attempt.key] = _with_steps(outcome, attempt, progress)
     return found
+
+
+def _with_steps(outcome: Outcome, attempt: Attempt, progress: Progress | None) -> Outcome:
+    """The outcome with how far the attempt came: one that is being stopped may still write a checkpoint and post it."""
+    if progress is None or not _is_posted_by(progress, attempt) or outcome.result not in (Result.RETRY, Result.FAIL):
+        return outcome
+    step = progress.step if outcome.step is None else max(outcome.step, progress.step)
+    checkpoint = outcome.checkpoint_step if progress.checkpoint_step is None else progress.checkpoint_step
+    return replace(outcome, step=step, checkpoint_step=checkpoint)
 
 
 def _as_queued(attempt: Attempt, observed: Observed) -> Attempt:
@@ -290,15 +311,6 @@ def _as_queued(attempt: Attempt, observed: Observed) -> Attempt:
 
 
 def _is_posted_by(progress: Progress, attempt: Attempt) -> bool:
-def _with_steps(outcome: Outcome, attempt: Attempt, progress: Progress | None) -> Outcome:
-    """The outcome with how far the attempt came: one that is being stopped may still write a checkpoint and post it."""
-    if progress is None or not _is_posted_by(progress, attempt) or outcome.result not in (Result.RETRY, Result.FAIL):
-        return outcome
-    step = progress.step if outcome.step is None else max(outcome.step, progress.step)
-    checkpoint = outcome.checkpoint_step if progress.checkpoint_step is None else progress.checkpoint_step
-    return replace(outcome, step=step, checkpoint_step=checkpoint)
-
-
     same = (progress.stage, progress.attempt) == (attempt.stage, attempt.number)
     return same and progress.digest in ("", attempt.digest)
 
@@ -453,10 +465,11 @@ def _under_way(look: _Look, latest: Attempt, plan: Callable[..., StagePlan]) -> 
         raise ValueError(f"attempt {latest.key} has no Job")
     if job.suspended:
         return _held(look, latest, job, plan)
-    waiting = find_waiting(latest)
+    waiting = find_waiting(latest, events=look.observed.events)
+    look_at = next_look(find_silent(latest), look.now)
     running = sum(pod.running or pod.has_ended for pod in latest.pods)
     if waiting is not None:
-        return plan(StageState.STARTING, waiting.reason, waiting.message, start=latest.number)
+        return plan(StageState.STARTING, waiting.reason, waiting.message, start=latest.number, wake_at=look_at)
     if running >= job.completions:
         message = f"Attempt {latest.number} runs on {job.completions} pod{'s' if job.completions > 1 else ''}."
         hangs_at = None
@@ -466,17 +479,13 @@ def _under_way(look: _Look, latest: Attempt, plan: Callable[..., StagePlan]) -> 
             hangs_at = progress.advanced_at + timedelta(seconds=limit)
         return plan(StageState.RUNNING, Reason.RUNNING, message, start=latest.number, wake_at=hangs_at)
     message = f"Attempt {latest.number}: {running} of {job.completions} pods run."
-    wake_at = None
     since = max((moment for moment in (job.created_at, job.started_at) if moment is not None), default=None)
-    if since is not None and not latest.pods:
-        wake_at = since + timedelta(seconds=NO_POD_SECONDS)
-        if look.now >= wake_at:
-            wake_at = None
-            message += (
-                f" None was created in {NO_POD_SECONDS} seconds; `kubectl describe job {latest.name}` has the "
-                "cause: most often a quota, a limit range or a policy of the namespace refuses the pod."
-            )
-    return plan(StageState.STARTING, Reason.STARTING, message, start=latest.number, wake_at=wake_at)
+    if since is not None and not latest.pods and look.now >= since + timedelta(seconds=SILENT_SECONDS):
+        message += (
+            f" None was created in {SILENT_SECONDS} seconds, and no event says why: look at the Job controller "
+            f"(kube-controller-manager) and at `kubectl describe job {latest.name}`."
+        )
+    return plan(StageState.STARTING, Reason.STARTING, message, start=latest.number, wake_at=look_at)
 
 
 def _held(look: _Look, latest: Attempt, job: StageJob, plan: Callable[..., StagePlan]) -> StagePlan:

@@ -28,6 +28,7 @@ from finetune_operator.api.status import (
     AttemptStatus,
     Condition,
     ConditionStatus,
+    Cost,
     FineTuneJobStatus,
     PlanStatus,
     StageStatus,
@@ -44,6 +45,7 @@ from finetune_operator.core.figures import (
 )
 from finetune_operator.core.observed import Attempt, Observed
 from finetune_operator.core.preemptions import noted_preemptions
+from finetune_operator.core.preflight import Findings
 from finetune_operator.core.queueing import queue_wait_seconds
 from finetune_operator.core.records import Result
 from finetune_operator.core.stages import DONE, Pipeline, StagePlan, running_since, spec_digest
@@ -59,6 +61,9 @@ _WEIGHTS = {
     contract.PUBLISH: 5,
 }
 """Share of the work that a stage is taken for in `progress`."""
+
+
+_NO_FINDINGS = Findings()
 
 
 @dataclass(frozen=True)
@@ -77,13 +82,21 @@ def derive_status(
     now: datetime,
     *,
     problem: Waiting | None = None,
+    findings: Findings = _NO_FINDINGS,
+    plan: PlanStatus | None = None,
+    cost: Cost | None = None,
 ) -> FineTuneJobStatus:
-    """The status of a job whose spec is valid. `problem` is what keeps the due stage from being started."""
-    conclusion = _conclude(observed, pipeline, problem)
+    """The status of a job that is not refused.
+
+    `problem` is what keeps the due stage from being started, `findings` what the checks of the spec say, `plan` that of
+    a dry run, whose pipeline is held, and `cost` what the attempts took.
+    """
+    conclusion = _conclude(observed, pipeline, problem, plan)
     before = job.status
     finished = conclusion.status != "Unknown"
     conditions: tuple[Condition, ...] = before.conditions
-    for kind, (status, reason, message) in _conditions(job, observed, pipeline, conclusion, problem).items():
+    rows = _conditions(job, observed, pipeline, conclusion, problem, findings)
+    for kind, (status, reason, message) in rows.items():
         conditions = with_condition(
             conditions, kind, status, reason, message, observed_generation=job.generation, now=whole_second(now)
         )
@@ -107,15 +120,17 @@ def derive_status(
         restarts=pipeline.restarts,
         artifacts=derive_artifacts(pipeline),
         trainable_parameters=derive_trainable_parameters(pipeline),
+        cost=cost,
+        plan=plan,
     )
 
 
-def planned_status(job: FineTuneJob, plan: PlanStatus, now: datetime) -> FineTuneJobStatus:
-    """The status of a job whose spec.dryRun is set: nothing was started, and it is not at its end."""
+def planned_status(job: FineTuneJob, plan: PlanStatus, findings: Findings, now: datetime) -> FineTuneJobStatus:
+    """The status of a job whose spec.dryRun was set from its start: nothing was started, and it is not at its end."""
     conditions = job.status.conditions
-    rows: dict[ConditionType, tuple[ConditionStatus, Reason, str]] = {
+    rows: dict[ConditionType, tuple[ConditionStatus, str, str]] = {
         ConditionType.SUCCEEDED: ("Unknown", Reason.DRY_RUN, plan.message),
-        ConditionType.VALIDATED: ("True", Reason.DRY_RUN, "The plan is in status.plan."),
+        ConditionType.VALIDATED: _validated(findings),
     }
     for kind, (status, why, words) in rows.items():
         conditions = with_condition(
@@ -158,7 +173,7 @@ def refused_status(
     )
 
 
-def _conclude(observed: Observed, pipeline: Pipeline, problem: Waiting | None) -> Conclusion:
+def _conclude(observed: Observed, pipeline: Pipeline, problem: Waiting | None, plan: PlanStatus | None) -> Conclusion:
     current = pipeline.current
     if current is None:
         return Conclusion("True", Reason.COMPLETED, "Every stage has its artifact.")
@@ -168,17 +183,31 @@ def _conclude(observed: Observed, pipeline: Pipeline, problem: Waiting | None) -
         return Conclusion("Unknown" if observed.is_anything_live() else "False", current.reason, message)
     if current.state is StageState.SUSPENDED:
         return Conclusion("Unknown", current.reason, current.message)
+    if current.reason is Reason.DRY_RUN and plan is not None:
+        return Conclusion("Unknown", Reason.DRY_RUN, plan.message)
     if problem is not None:
         return Conclusion("Unknown", problem.reason, f"Stage {current.name}: {problem.message}")
     return Conclusion("Unknown", current.reason, f"Stage {current.name}: {current.message}")
 
 
+def _validated(findings: Findings) -> tuple[ConditionStatus, str, str]:
+    """Only a dry run can have been found wrong here: any other job is refused, and has no status of this kind."""
+    if findings.refused is not None:
+        return "False", findings.refused.reason, findings.refused.message
+    return "True", Reason.VALID, " ".join(("Every check of the spec passed.", *findings.doubts))
+
+
 def _conditions(
-    job: FineTuneJob, observed: Observed, pipeline: Pipeline, conclusion: Conclusion, problem: Waiting | None
+    job: FineTuneJob,
+    observed: Observed,
+    pipeline: Pipeline,
+    conclusion: Conclusion,
+    problem: Waiting | None,
+    findings: Findings,
 ) -> dict[ConditionType, tuple[ConditionStatus, str, str]]:
     rows: dict[ConditionType, tuple[ConditionStatus, str, str]] = {
         ConditionType.SUCCEEDED: (conclusion.status, conclusion.reason, conclusion.message),
-        ConditionType.VALIDATED: ("True", Reason.VALID, "Every check of the spec passed."),
+        ConditionType.VALIDATED: _validated(findings),
         ConditionType.STORAGE_READY: _storage(observed, pipeline, problem),
         ConditionType.HEALTHY: _healthy(pipeline),
         ConditionType.SUSPENDED: _suspended(job, observed),
@@ -190,7 +219,15 @@ def _conditions(
     return rows
 
 
-_STORAGE_REASONS = frozenset({Reason.CLAIM_MISSING, Reason.CLAIM_NOT_BOUND, Reason.SECRET_MISSING})
+_STORAGE_REASONS = frozenset(
+    {
+        Reason.CLAIM_MISSING,
+        Reason.CLAIM_NOT_BOUND,
+        Reason.CLAIM_NOT_SHARED,
+        Reason.SECRET_MISSING,
+        Reason.MOUNT_FAILED,
+    }
+)
 
 
 def _storage(observed: Observed, pipeline: Pipeline, problem: Waiting | None) -> tuple[ConditionStatus, str, str]:
@@ -241,6 +278,8 @@ def _phase(job: FineTuneJob, pipeline: Pipeline, conclusion: Conclusion, problem
         return str(Phase.SUSPENDED)
     if current.state is StageState.QUEUED:
         return str(Phase.QUEUED)
+    if current.reason is Reason.DRY_RUN:
+        return str(Phase.PENDING)
     if current is pipeline.stages[0] and not current.attempts and (current.start is None or problem is not None):
         return str(Phase.PENDING)
     return str(STAGE_PHASES[current.name])
@@ -281,7 +320,7 @@ def _start_time(
 ) -> datetime | None:
     if finished:
         return job.status.start_time
-    if job.spec.suspend:
+    if job.spec.suspend or (pipeline.current is not None and pipeline.current.reason is Reason.DRY_RUN):
         return None
     since = running_since(job)
     if since is not None:

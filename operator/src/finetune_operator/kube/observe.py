@@ -1,4 +1,4 @@
-"""Reads of the API server that no watch answers: what pods would mount, quotas, queues, a pod's last log lines.
+"""Reads of the API server that no watch answers: what pods would mount, quotas, queues, events, a pod's last log lines.
 
 Called by reconcile.py, which has the core parse them. What was found is believed for a few seconds, so that a thousand
 jobs of one namespace do not ask for one claim a thousand times; what was missing is asked for anew each time.
@@ -76,8 +76,13 @@ async def read_secret_values(client: Client, namespace: str, references: Iterabl
     return tuple(value for value in values if value)
 
 
+class Forbidden(Exception):
+    """The operator's roles do not let it read something; whether that is there is not known."""
+
+
 class Facts:
-    """What is looked up before an attempt is begun. `clock` gives seconds that never go back."""
+    """What is looked up before an attempt is begun, or while it does not start. `clock` gives seconds that never go
+    back."""
 
     def __init__(self, client: Client, clock: Callable[[], float]) -> None:
         self._client = client
@@ -116,15 +121,28 @@ class Facts:
 
         return await self._found(("quotas", namespace), quotas) or []
 
+    async def find_events(self, namespace: str, uid: str) -> list[Raw]:
+        """The events about one object; none where they may not be listed."""
+
+        async def events() -> list[Raw]:
+            try:
+                return await self._client.list("Event", namespace, field_selector=f"regarding.uid={uid}")
+            except ClusterError as error:
+                if error.status == 403:
+                    return []
+                raise
+
+        return await self._found(("events", namespace, uid), events) or []
+
     async def find_at(self, path: str) -> Raw | None:
-        """An object at a path, such as a ClusterQueue; None where it is not, or may not be seen."""
+        """An object at a path, such as a ClusterQueue; None where there is none. Forbidden where it may not be read."""
 
         async def read() -> Raw | None:
             try:
                 return await read_if_served(self._client, path)
             except ClusterError as error:
                 if error.status == 403:
-                    return None
+                    raise Forbidden(str(error)) from error
                 raise
 
         return await self._found(("path", path), read)
