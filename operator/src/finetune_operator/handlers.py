@@ -9,8 +9,9 @@ only the one that holds the Lease works.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
@@ -27,7 +28,7 @@ from finetune_operator.core.queueing import find_api_version
 from finetune_operator.core.settings import Settings
 from finetune_operator.health import ApiServerAnswers, HealthServer, WatchEchoes, silent_watches
 from finetune_operator.job_audit import JobAudit
-from finetune_operator.kube.client import Client, ClusterError, connect
+from finetune_operator.kube.client import OUTAGE_RETRY_SECONDS, Client, ClusterError, connect
 from finetune_operator.kube.observe import Facts, check_kind_is_served, read_if_served
 from finetune_operator.kube.reflector import Reflector
 from finetune_operator.leadership import LeaderElection, make_identity
@@ -389,6 +390,13 @@ def build_registry(operator: Operator) -> kopf.OperatorRegistry:
     return registry
 
 
+class Backoffs:
+    """kopf's waits between the tries of one request. They have no end: after the last one kopf ends the process."""
+
+    def __iter__(self) -> Iterator[float]:
+        return itertools.chain((0.5, 1.0, 2.0), itertools.repeat(OUTAGE_RETRY_SECONDS))
+
+
 def configure(settings: kopf.OperatorSettings) -> None:
     """kopf only watches: it posts nothing, stores nothing, and looks for no other kinds."""
     settings.posting.enabled = False
@@ -400,6 +408,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.watching.server_timeout = 600
     settings.queueing.exit_timeout = 2
     settings.networking.request_timeout = 30
+    settings.networking.error_backoffs = Backoffs()
 
 
 def run(config: OperatorConfig) -> None:

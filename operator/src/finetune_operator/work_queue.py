@@ -13,7 +13,7 @@ import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from finetune_operator.kube.client import ClusterError
+from finetune_operator.kube.client import ClusterError, retry_wait
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +79,10 @@ class WorkQueue:
                 after = await self.process(key)
             entry.failures = 0
         except ClusterError as error:
-            after = self._retry_wait(entry)
+            after = self._retry_wait(entry, error)
             logger.warning("%s/%s: tried again in %.1f s: %s", *key, after, error)
-        except Exception:
-            after = self._retry_wait(entry)
+        except Exception as error:
+            after = self._retry_wait(entry, error)
             logger.exception("%s/%s: tried again in %.1f s: unexpected error", *key, after)
         finally:
             entry.task, entry.started = None, 0.0
@@ -98,10 +98,15 @@ class WorkQueue:
         entry.due = due
         entry.timer = loop.call_at(due, self._start, key)
 
-    def _retry_wait(self, entry: _Entry) -> float:
+    def _retry_wait(self, entry: _Entry, error: Exception) -> float:
         entry.failures += 1
-        wait = min(LONGEST_RETRY_SECONDS, self.first_retry_seconds * 2.0 ** min(entry.failures - 1, 20))
-        return wait * (1 + 0.2 * self.jitter())
+        return retry_wait(
+            error,
+            entry.failures,
+            first=self.first_retry_seconds,
+            longest=LONGEST_RETRY_SECONDS,
+            jitter=self.jitter(),
+        )
 
     def stuck(self) -> list[Key]:
         """Keys whose round has been running for longer than STUCK_SECONDS."""

@@ -25,6 +25,7 @@ from finetune_operator.api import constants
 Raw = dict[str, Any]
 
 REQUEST_TIMEOUT_SECONDS = 30
+OUTAGE_RETRY_SECONDS = 3.0
 _APPLY = "application/apply-patch+yaml"
 _METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
@@ -53,6 +54,22 @@ class ClusterError(Exception):
         self.status = status
         self.reason = reason
         super().__init__(message)
+
+    @property
+    def is_outage(self) -> bool:
+        """Whether the API server is away, starting or overloaded: nothing is wrong with what was asked."""
+        return self.status in (0, 429) or self.status >= 500
+
+
+def retry_wait(error: Exception, failures: int, *, first: float, longest: float, jitter: float) -> float:
+    """Seconds until the next try after so many failures in a row: `first`, doubled each time, up to `longest`.
+
+    While the API server is away it is asked every OUTAGE_RETRY_SECONDS, so that everything goes on soon after it is
+    back, however long that took. `jitter`, 0 to 1, lengthens a wait by up to a fifth.
+    """
+    if isinstance(error, ClusterError) and error.is_outage:
+        longest = min(longest, OUTAGE_RETRY_SECONDS)
+    return min(longest, first * 2.0 ** min(failures - 1, 20)) * (1 + 0.2 * jitter)
 
 
 class Client:

@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from finetune_operator.kube.client import Client, ClusterError, Raw
+from finetune_operator.kube.client import Client, ClusterError, Raw, retry_wait
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,10 @@ WATCH_SECONDS = 540
 SILENCE_SECONDS = 150.0
 """A watch without event or bookmark for so long is dead: bookmarks come every minute."""
 LIST_LIMIT = 500
+FIRST_RETRY_SECONDS = 0.4
 LONGEST_RETRY_SECONDS = 30.0
+ABSENT_SECONDS = 60.0
+"""How often at last a kind is looked for that the cluster does not serve, or does not let us see."""
 
 
 class Sink(Protocol):
@@ -79,11 +82,11 @@ class Reflector:
                 self._failures = 0
             except ClusterError as error:
                 await self._recover(error)
-            except Exception:
+            except Exception as error:
                 # A bug in parsing one object must not blind the operator for good: it is logged, and begun anew.
                 logger.exception("watch of %s: unexpected error", self.kind)
                 self._version = None
-                await self._pause()
+                await self._pause(error)
 
     async def _recover(self, error: ClusterError) -> None:
         if error.status == 410:
@@ -91,19 +94,21 @@ class Reflector:
             self._version = None
             return
         if error.status in (403, 404) and self._optional:
-            # Not installed, or not ours to see: looked for again now and then.
+            # Not installed, or not ours to see: looked for again now and then. Soon at first, since an API server that
+            # has just started says so of everything.
             self._version = None
             self.synced.set()
             self._sign_of_life = self._clock()
-            await asyncio.sleep(LONGEST_RETRY_SECONDS * 2)
+            await self._pause(error, ABSENT_SECONDS)
             return
         logger.warning("watch of %s is begun anew: %s", self.kind, error)
-        await self._pause()
+        await self._pause(error)
 
-    async def _pause(self) -> None:
+    async def _pause(self, error: Exception, longest: float = LONGEST_RETRY_SECONDS) -> None:
         self._failures += 1
-        wait = min(LONGEST_RETRY_SECONDS, 0.2 * 2.0 ** min(self._failures, 10))
-        await asyncio.sleep(wait * (0.8 + 0.4 * random.random()))  # noqa: S311  spreads retries, guards nothing
+        jitter = random.random()  # noqa: S311  spreads retries, guards nothing
+        wait = retry_wait(error, self._failures, first=FIRST_RETRY_SECONDS, longest=longest, jitter=jitter)
+        await asyncio.sleep(wait)
 
     async def _list(self) -> None:
         raws: list[Raw] = []
