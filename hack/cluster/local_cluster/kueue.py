@@ -29,6 +29,7 @@ _PREFIX = "kueue-"  # that Kueue's own installation puts before the names in its
 _MANIFESTS = ("crd/bases", "webhook/manifests.yaml")
 _ROLES = ("role", "role_binding", "metrics_auth_role", "metrics_auth_role_binding")
 _WEBHOOK_KINDS = ("MutatingWebhookConfiguration", "ValidatingWebhookConfiguration")
+_LOOK_AGAIN = "finetune-cluster/look-again"
 _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 
@@ -119,6 +120,21 @@ def without_finalizers(objects: Iterable[Manifest]) -> list[Manifest]:
     ]
 
 
+def is_stuck(crd: Manifest) -> bool:
+    """Whether the API server has given up deleting a kind's objects, as it does soon after the kind was made. Pure.
+
+    Its finalizer's second try comes with the kind as it was before the first one ("storage is (re)initializing"), is
+    refused for that, and no other follows until something else changes of the kind.
+    """
+    conditions = crd.get("status", {}).get("conditions", [])
+    return any(each["type"] == "Terminating" and each["reason"] == "InstanceDeletionFailed" for each in conditions)
+
+
+def versions(objects: Iterable[Manifest]) -> str:
+    """A word that differs whenever one of the objects does. Pure."""
+    return "-".join(item["metadata"]["resourceVersion"] for item in objects)
+
+
 def start(settings: Settings) -> None:
     """Install, start and wait until a Job can be created. Safe to repeat, also after a crash."""
     config.write(settings.config / "kueue.json", configuration(settings))
@@ -194,10 +210,13 @@ def stop(settings: Settings) -> None:
 
 def _release_objects(settings: Settings) -> str | None:
     """Take the finalizers off what is left of Kueue's kinds. None once the kinds are gone, else what is left."""
-    kinds = [crd["metadata"]["name"] for crd in kubectl.find(settings, "crd", "-l", _SELECTOR)]
+    found = kubectl.find(settings, "crd", "-l", _SELECTOR)
+    kinds = [crd["metadata"]["name"] for crd in found]
     if not kinds:
         return None
     try:
+        if any(map(is_stuck, found)):
+            kubectl.run(settings, "annotate", "crd", "-l", _SELECTOR, f"{_LOOK_AGAIN}={versions(found)}", "--overwrite")
         held = without_finalizers(kubectl.find(settings, ",".join(kinds), "-A"))
         if held:
             listed = json.dumps({"apiVersion": "v1", "kind": "List", "items": held})

@@ -105,3 +105,12 @@ def test_finalizers_are_taken_off_only_where_there_are_any() -> None:
     held = {"metadata": {"name": "a", "finalizers": ["kueue.x-k8s.io/resource-in-use"]}}
     free = {"metadata": {"name": "b"}}
     assert kueue.without_finalizers([held, free]) == [{"metadata": {"name": "a", "finalizers": []}}]
+
+
+def test_a_kind_that_the_api_server_gave_up_deleting_is_told_from_one_that_goes() -> None:
+    def crd(reason: str) -> dict[str, Any]:
+        return {"status": {"conditions": [{"type": "Terminating", "status": "True", "reason": reason}]}}
+
+    assert kueue.is_stuck(crd("InstanceDeletionFailed"))
+    assert not kueue.is_stuck(crd("InstanceDeletionInProgress"))
+    assert not kueue.is_stuck({"status": {"conditions": [{"type": "Established", "reason": "InitialNamesAccepted"}]}})
