@@ -15,6 +15,7 @@ Rules = dict[tuple[str, str], set[str]]
 JOBS_AND_PODS: Rules = {
     ("finetune-operator.io", "finetunejobs"): {"get", "list", "watch", "delete"},
     ("finetune-operator.io", "finetunejobs/status"): {"patch"},
+    ("finetune-operator.io", "finetunejobs/finalizers"): {"update"},
     ("batch", "jobs"): {"get", "list", "watch", "create", "patch", "delete"},
     ("", "services"): {"get", "list", "watch", "create", "delete"},
     ("", "pods"): {"list", "watch", "patch", "delete"},
