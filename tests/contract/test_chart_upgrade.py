@@ -55,6 +55,8 @@ class Release:
         chart = self.charts / version
         shutil.copytree(CHART, chart)
         definition = yaml.safe_load((chart / DEFINITION).read_text(encoding="utf-8"))
+        # Nobody else's `kubectl get ml` shall ask for a kind that is about to go.
+        definition["spec"]["names"]["categories"] = []
         if without is not None:
             schema = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
             del schema["properties"]["spec"]["properties"][without]

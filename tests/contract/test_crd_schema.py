@@ -152,6 +152,10 @@ def test_the_status_is_written_through_its_subresource_only(namespace: str) -> N
     assert "status" not in kube.get("ftj", "tiny", "-n", namespace)
 
 
-def test_the_job_is_found_by_its_category(namespace: str) -> None:
-    assert "created" in answer_to(namespace, job_manifest())
-    assert "finetunejob.finetune-operator.io/tiny" in kube.kubectl("get", "ml", "-n", namespace, "-o", "name")
+def test_the_kind_is_found_by_its_category_and_short_name(crd: None) -> None:
+    """By discovery, as `kubectl get ml` finds it; that would go on to ask for everybody's kinds of the category."""
+    group = ("--api-group", constants.GROUP, "--cached=false")
+    listed = kube.kubectl("api-resources", "--categories=ml", *group, "-o", "name")
+    assert listed.split() == [constants.CRD_NAME]
+    line = next(line for line in kube.kubectl("api-resources", *group).splitlines() if constants.PLURAL in line)
+    assert line.split() == [constants.PLURAL, "ftj", constants.API_VERSION, "true", constants.KIND]
