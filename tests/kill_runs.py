@@ -93,13 +93,16 @@ class Plan:
 
 
 class Lane:
-    """One namespace, one operator at a time. Use as an asynchronous context manager."""
+    """One namespace, one operator at a time. Use as an asynchronous context manager.
 
-    def __init__(self, access: Access, namespace: str, folder: Path) -> None:
+    `access` is the test's own, `operators` the operator's, which its proxy shows the API server.
+    """
+
+    def __init__(self, access: Access, operators: Access, namespace: str, folder: Path) -> None:
         self.namespace = namespace
         self.log = folder / f"{namespace}.log"
         self._kubeconfig = folder / f"{namespace}.kubeconfig"
-        self._proxy = ApiProxy(access)
+        self._proxy = ApiProxy(operators)
         self._api = Api(access)
         self._stack = AsyncExitStack()
         self._operator: WarmOperator | None = None
@@ -317,13 +320,19 @@ def _now() -> str:
 
 
 async def sweep(
-    access: Access, prefix: str, folder: Path, lanes: int, plan: Plan, tell: Callable[[Verdict], None]
+    access: Access,
+    operators: Access,
+    prefix: str,
+    folder: Path,
+    lanes: int,
+    plan: Plan,
+    tell: Callable[[Verdict], None],
 ) -> tuple[list[Verdict], list[str]]:
     """Every death of `plan`, on `lanes` lanes at once: the verdicts, and what was left over or logged in the end."""
     verdicts: list[Verdict] = []
 
     async def work(number: int) -> list[str]:
-        async with Lane(access, f"{prefix}-{number}", folder) as lane:
+        async with Lane(access, operators, f"{prefix}-{number}", folder) as lane:
             while (death := plan.take()) is not None:
                 verdict = await lane.run(death)
                 plan.note(death, verdict.struck is not None)

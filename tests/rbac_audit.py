@@ -1,18 +1,22 @@
 """Rights used against rights granted: an API server's audit log beside the chart's roles. Pure.
 
-A test that ran the whole suite behind an audit log gives its lines and helm's manifests; what comes out is every use
-that no role allows, and every verb of a role that nobody used. What everybody may (`system:basic-user`) is left out.
+tests/rights gives a session's lines and helm's manifests; what comes out is every use that no role allows, and every
+verb of a role that nobody used. What everybody may (`system:basic-user`) is left out.
 """
 
 from __future__ import annotations
 
+import enum
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 BASIC_GROUPS = ("authorization.k8s.io", "authentication.k8s.io")
 BASIC_PREFIX = "selfsubject"
+KUEUE_GROUP = "kueue.x-k8s.io"
 
 
 @dataclass(frozen=True, order=True)
@@ -72,11 +76,17 @@ def service_account_user(namespace: str, name: str) -> str:
     return f"system:serviceaccount:{namespace}:{name}"
 
 
-def used(lines: Iterable[str], user: str) -> frozenset[Use]:
+def audit_time(moment: datetime) -> str:
+    """A moment as audit events have it; such texts are in the order of time."""
+    return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def used(lines: Iterable[str], user: str, since: str = "") -> frozenset[Use]:
     """What the user asked for, refused or not, from audit events (audit.k8s.io/v1) as JSON lines.
 
-    Requests that are for no resource (discovery, health) are left out. ValueError names a line that is no event, except
-    for the last, which the API server may be writing.
+    `since` is an audit_time: what was asked earlier is left out, and so are requests that are for no resource
+    (discovery, health). ValueError names a line that is no event, except for the last, which the API server may be
+    writing.
     """
     found = set()
     rows = list(lines)
@@ -90,9 +100,16 @@ def used(lines: Iterable[str], user: str) -> frozenset[Use]:
                 break
             raise ValueError(f"audit log, line {number}: {error}") from error
         reference = event.get("objectRef")
-        if event["user"]["username"] == user and reference is not None and not _is_basic(reference):
+        if event["user"]["username"] != user or event["requestReceivedTimestamp"] < since:
+            continue
+        if reference is not None and not _is_basic(reference):
             found.add(_use(event["verb"], reference))
     return frozenset(found)
+
+
+def reaches_back(first_line: str, since: str) -> bool:
+    """Whether a log that begins with this line has all since then."""
+    return bool(json.loads(first_line)["requestReceivedTimestamp"] <= since)
 
 
 def _is_basic(reference: Mapping[str, str]) -> bool:
@@ -150,3 +167,36 @@ def compare(uses: Iterable[Use], grants: Iterable[Grant]) -> Differences:
         else:
             needed.add(fitting.rule)
     return Differences(frozenset(not_granted), frozenset(grant.rule for grant in grants) - needed)
+
+
+def together(parts: Mapping[str, Differences]) -> Differences:
+    """Of several releases of one chart, by the name of their objects: a rule is used if one of them has used it.
+
+    The rules' roles are named as in a release `*`.
+    """
+    not_used = [
+        {replace(rule, role=rule.role.replace(name, "*")) for rule in part.not_used} for name, part in parts.items()
+    ]
+    return Differences(
+        frozenset(use for part in parts.values() for use in part.not_granted),
+        frozenset(set.intersection(*not_used)) if not_used else frozenset(),
+    )
+
+
+class Suite(enum.StrEnum):
+    """Tests that together use every right on some kinds, by the make target that runs them."""
+
+    MAIN = "test"
+    KUEUE = "test-kueue"
+
+
+def suite_of(rule: Rule) -> Suite:
+    """Whose tests use this rule. Kueue's kinds are there in Kueue's own tests only."""
+    return Suite.KUEUE if rule.group == KUEUE_GROUP else Suite.MAIN
+
+
+def whole_suites(files: Iterable[Path], collected: Collection[Path]) -> frozenset[Suite]:
+    """The suites that a session runs in full: it has `collected` these of all test `files`, each whole."""
+    missing = [path for path in files if path not in collected]
+    in_part = {Suite.KUEUE if path.name == "test_kueue.py" else Suite.MAIN for path in missing}
+    return frozenset(Suite) - in_part

@@ -1,7 +1,8 @@
 """What contract tests have: a real API server with our CRD, no operator but the test's own, a fresh namespace each.
 
-KUBECONFIG names the cluster; `make contract` sets it. An operator that the chart has installed there is scaled to zero
-while these tests run and back afterwards, since it would act on their objects too.
+The operator runs as a service account with the chart's roles, so a right that it lacks makes a test fail. KUBECONFIG
+names the cluster and lets the test itself do everything; `make contract` sets it. An operator that the chart has
+installed there is scaled to zero while these tests run and back afterwards, since it would act on their objects too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import kube
+import operator_account
 import pytest
+from operator_account import Account
 from operator_process import OperatorProcess, make_claim
 
 from finetune_operator.api.constants import CRD_NAME, PLURAL
@@ -83,11 +86,19 @@ def namespace(crd: None) -> Iterator[str]:
     kube.kubectl("delete", "namespace", name, "--wait=false")
 
 
+@pytest.fixture(scope="session")
+def account(crd: None, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Account]:
+    """Who the operator under test is."""
+    with operator_account.made(tmp_path_factory.mktemp("account")) as account:
+        request.config.stash[operator_account.ACCOUNT] = account
+        yield account
+
+
 @pytest.fixture
-def operator(namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
+def operator(namespace: str, account: Account, tmp_path: Path) -> Iterator[OperatorProcess]:
     """The operator under test as a process that watches the test's namespace, where the workspace's claim exists."""
     make_claim(namespace)
-    process = OperatorProcess(namespace, tmp_path / "operator.log")
+    process = OperatorProcess(namespace, tmp_path / "operator.log", **account.environment)
     process.start()
     yield process
     process.stop()

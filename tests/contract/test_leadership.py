@@ -11,17 +11,18 @@ import urllib.request
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import kube
 import kubelet
 import pytest
 from kubelet import STAGES
+from operator_account import Account
 from operator_process import OperatorProcess, make_claim
 from submitted import has_phase, submit, wait_for_job
 
 from finetune_operator.core.times import parse_time
 
-LEASE = "finetune-operator"
 HAND_OVER_SECONDS = 15.0
 
 
@@ -35,16 +36,16 @@ def free_port() -> int:
 class Replica(OperatorProcess):
     """One of two operators; `name` is its pod's."""
 
-    def __init__(self, name: str, namespace: str, folder: Path) -> None:
+    def __init__(self, name: str, namespace: str, account: Account, folder: Path) -> None:
         self.name = name
         self.port = free_port()
         super().__init__(
             namespace,
             folder / f"{name}.log",
-            FINETUNE_NAMESPACE=namespace,
+            **account.environment,
             FINETUNE_POD_NAME=name,
             FINETUNE_POD_IP="127.0.0.1",
-            FINETUNE_LEASE_NAME=LEASE,
+            FINETUNE_LEASE_NAME=account.lease,
             FINETUNE_HEALTH_PORT=str(self.port),
         )
 
@@ -67,28 +68,35 @@ class Replica(OperatorProcess):
         kube.eventually(lambda: self.get("/readyz")[0] == 200, deadline=60, reason=f"{self.name} to be ready")
 
 
-def holder(namespace: str) -> str:
-    found = kube.items("leases", "-n", namespace, "--field-selector", f"metadata.name={LEASE}")
-    return str(found[0]["spec"].get("holderIdentity") or "") if found else ""
+def lease(account: Account) -> dict[str, Any]:
+    """The spec of the account's Lease, empty while there is none."""
+    found = kube.items("leases", "-n", account.namespace, "--field-selector", f"metadata.name={account.lease}")
+    return found[0]["spec"] if found else {}
 
 
-def wait_for_leader(namespace: str, replica: Replica, *, deadline: float) -> float:
+def wait_for_leader(account: Account, replica: Replica, *, deadline: float) -> float:
     """Seconds until the replica held the Lease."""
     began = time.monotonic()
     kube.eventually(
-        lambda: holder(namespace) == replica.identity, deadline=deadline, reason=f"{replica.name} to hold the Lease"
+        lambda: lease(account).get("holderIdentity") == replica.identity,
+        deadline=deadline,
+        reason=f"{replica.name} to hold the Lease",
     )
     return time.monotonic() - began
 
 
 @pytest.fixture
-def replicas(namespace: str, tmp_path: Path) -> Iterator[tuple[Replica, Replica]]:
+def replicas(namespace: str, account: Account, tmp_path: Path) -> Iterator[tuple[Replica, Replica]]:
     """(the leader, the one that stands by), both ready."""
     make_claim(namespace)
-    pair = Replica("operator-a", namespace, tmp_path), Replica("operator-b", namespace, tmp_path)
+    kube.kubectl("delete", "lease", account.lease, "-n", account.namespace, "--ignore-not-found")
+    pair = (
+        Replica("operator-a", namespace, account, tmp_path),
+        Replica("operator-b", namespace, account, tmp_path),
+    )
     try:
         pair[0].start()
-        wait_for_leader(namespace, pair[0], deadline=60)
+        wait_for_leader(account, pair[0], deadline=60)
         pair[1].start()
         pair[1].wait_until_ready()
         yield pair
@@ -98,7 +106,7 @@ def replicas(namespace: str, tmp_path: Path) -> Iterator[tuple[Replica, Replica]
 
 
 def test_a_job_goes_on_within_15_seconds_of_the_leaders_death(
-    namespace: str, replicas: tuple[Replica, Replica]
+    namespace: str, account: Account, replicas: tuple[Replica, Replica]
 ) -> None:
     leader, standby = replicas
     submit(namespace)
@@ -109,36 +117,40 @@ def test_a_job_goes_on_within_15_seconds_of_the_leaders_death(
     train = kubelet.pods(namespace, "train", 1, 2)[0]["metadata"]["labels"]["batch.kubernetes.io/job-name"]
     # By the API server's clock, which is this machine's; the pods may take longer, which is not the operator's doing.
     moments = (
-        parse_time(kube.get("lease", LEASE, "-n", namespace)["spec"]["acquireTime"]),
+        parse_time(lease(account)["acquireTime"]),
         parse_time(kube.get("job", train, "-n", namespace)["metadata"]["creationTimestamp"]),
     )
     taken, went_on = ((moment - killed).total_seconds() for moment in moments if moment is not None)
     print(f"after the leader's death the standby led in {taken:.1f} s and made the next Job in {went_on:.1f} s")
     assert 0 < taken <= went_on + 1 < HAND_OVER_SECONDS, "creationTimestamp has whole seconds, rounded down"
-    assert holder(namespace) == standby.identity
+    assert lease(account)["holderIdentity"] == standby.identity
     kubelet.walk(namespace, *STAGES[1:])
     job = wait_for_job(namespace, has_phase("Succeeded"), reason="the job to succeed")
     assert len(kube.items("jobs", "-n", namespace)) == len(STAGES)
     assert job["status"]["restarts"] == 0
-    assert kube.get("lease", LEASE, "-n", namespace)["spec"]["leaseTransitions"] == 1
+    assert lease(account)["leaseTransitions"] == 1
 
 
-def test_an_orderly_end_hands_over_at_the_standbys_next_look(namespace: str, replicas: tuple[Replica, Replica]) -> None:
+def test_an_orderly_end_hands_over_at_the_standbys_next_look(
+    namespace: str, account: Account, replicas: tuple[Replica, Replica]
+) -> None:
     leader, standby = replicas
     leader.stop()
-    taken = wait_for_leader(namespace, standby, deadline=5)
+    taken = wait_for_leader(account, standby, deadline=5)
     print(f"the standby led {taken:.1f} s after the leader's end")
     submit(namespace)
     kubelet.pods(namespace, "prepare", 1)
 
 
-def test_a_leader_that_was_halted_stands_by_when_it_goes_on(namespace: str, replicas: tuple[Replica, Replica]) -> None:
+def test_a_leader_that_was_halted_stands_by_when_it_goes_on(
+    namespace: str, account: Account, replicas: tuple[Replica, Replica]
+) -> None:
     leader, standby = replicas
     submit(namespace)
     kubelet.pods(namespace, "prepare", 1)
     os.kill(leader.pid, signal.SIGSTOP)
     try:
-        wait_for_leader(namespace, standby, deadline=HAND_OVER_SECONDS)
+        wait_for_leader(account, standby, deadline=HAND_OVER_SECONDS)
         kubelet.walk(namespace, "prepare")
         kubelet.pods(namespace, "train", 1, 2)
     finally:
@@ -150,7 +162,7 @@ def test_a_leader_that_was_halted_stands_by_when_it_goes_on(namespace: str, repl
     )
     kubelet.walk(namespace, *STAGES[1:])
     wait_for_job(namespace, has_phase("Succeeded"), reason="the job to succeed")
-    assert holder(namespace) == standby.identity
+    assert lease(account)["holderIdentity"] == standby.identity
     assert len(kube.items("jobs", "-n", namespace)) == len(STAGES), "both together made one Job a stage"
 
 

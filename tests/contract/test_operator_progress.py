@@ -13,14 +13,13 @@ from pathlib import Path
 import kube
 import kubelet
 import pytest
+from operator_account import Account
 from operator_process import OperatorProcess, make_claim
 from submitted import stage, submit, wait_for_job
 
 from finetune_operator.api import constants
 from finetune_trainer import contract
 from finetune_trainer.progress import ProgressPoster
-
-SECRET = "finetune-operator-tls"
 
 
 def free_port() -> int:
@@ -36,19 +35,20 @@ def url() -> str:
 
 
 @pytest.fixture
-def operator(namespace: str, tmp_path: Path, url: str) -> Iterator[OperatorProcess]:
+def operator(namespace: str, account: Account, tmp_path: Path, url: str) -> Iterator[OperatorProcess]:
     make_claim(namespace)
-    kube.kubectl("create", "secret", "generic", SECRET, "-n", namespace)
+    kube.kubectl("create", "secret", "generic", account.tls_secret, "-n", account.namespace)
     process = OperatorProcess(
         namespace,
         tmp_path / "operator.log",
-        FINETUNE_NAMESPACE=namespace,
-        FINETUNE_TLS_SECRET=SECRET,
+        **account.environment,
+        FINETUNE_TLS_SECRET=account.tls_secret,
         FINETUNE_PROGRESS_URL=url,
         FINETUNE_PROGRESS_PORT=url.split(":")[2].split("/")[0],
     )
     process.start()
     yield process
+    kube.kubectl("delete", "secret", account.tls_secret, "-n", account.namespace)
     process.stop()
 
 
@@ -67,7 +67,7 @@ def ca_file(pod: kube.Object, folder: Path) -> str:
 
 
 def test_what_a_training_posts_is_seen_in_the_status(
-    namespace: str, operator: OperatorProcess, url: str, tmp_path: Path
+    namespace: str, account: Account, operator: OperatorProcess, url: str, tmp_path: Path
 ) -> None:
     submit(namespace)
     kubelet.walk(namespace, "prepare")
@@ -93,7 +93,8 @@ def test_what_a_training_posts_is_seen_in_the_status(
     assert job["status"]["eta"] == "1m05s"
     assert stage(job, "train")["state"] == "Running"
 
-    certificate = kube.get("secret", SECRET, "-n", namespace)["data"]["ca.crt"]
+    secret = ("secret", account.tls_secret, "-n", account.namespace)
+    certificate = kube.get(*secret)["data"]["ca.crt"]
     operator.restart()
 
     def second_post_is_shown() -> bool:
@@ -102,7 +103,7 @@ def test_what_a_training_posts_is_seen_in_the_status(
 
     kube.eventually(second_post_is_shown, deadline=30, reason="a post to the new operator, trusted by the same CA")
     poster.close()
-    assert kube.get("secret", SECRET, "-n", namespace)["data"]["ca.crt"] == certificate
+    assert kube.get(*secret)["data"]["ca.crt"] == certificate
     assert base64.b64decode(certificate).decode() == Path(target["caPath"]).read_text()
 
 

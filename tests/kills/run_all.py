@@ -21,8 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kill_runs
 import kube
+import operator_account
 import other_operators
 from kill_runs import Plan, Verdict
+from operator_account import Account
 from other_operators import OtherOperatorRan
 from raw_api import Api, read_access
 
@@ -37,16 +39,16 @@ def tell(verdict: Verdict) -> None:
     print(f"{verdict.seconds:5.1f} s  {what}{where}: {'; '.join(verdict.problems) or 'well'}", flush=True)
 
 
-async def run(args: argparse.Namespace, folder: Path) -> int:
+async def run(args: argparse.Namespace, account: Account, folder: Path) -> int:
     begun = time.monotonic()
     plan = Plan(first=args.first, step=args.step)
     prefix = f"kills-{uuid.uuid4().hex[:6]}"
-    access = await read_access()
+    access, operators = await read_access(), await read_access(str(account.kubeconfig))
     async with Api(access) as api, other_operators.paused(api):
-        async with kill_runs.Lane(access, f"{prefix}-calm", folder) as lane:
+        async with kill_runs.Lane(access, operators, f"{prefix}-calm", folder) as lane:
             calm = await lane.run(None)
         tell(calm)
-        verdicts, problems = await kill_runs.sweep(access, prefix, folder, args.lanes, plan, tell)
+        verdicts, problems = await kill_runs.sweep(access, operators, prefix, folder, args.lanes, plan, tell)
     for problem in problems:
         print(problem)
     verdicts.append(calm)
@@ -80,11 +82,11 @@ def main() -> int:
         return 2
     kube.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
     kube.kubectl("wait", "--for=condition=Established", f"crd/{CRD_NAME}", "--timeout=30s")
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, operator_account.made(Path(temporary)) as account:
         if args.keep is not None:
             args.keep.mkdir(parents=True, exist_ok=True)
         try:
-            return asyncio.run(run(args, args.keep or Path(temporary)))
+            return asyncio.run(run(args, account, args.keep or Path(temporary)))
         except OtherOperatorRan as problem:
             print(f"run_all: {problem}", file=sys.stderr)
             return 1

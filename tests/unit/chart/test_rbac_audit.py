@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
-from rbac_audit import Grant, Rule, Use, compare, granted, service_account_user, used
+from rbac_audit import (
+    Differences,
+    Grant,
+    Rule,
+    Suite,
+    Use,
+    audit_time,
+    compare,
+    granted,
+    reaches_back,
+    service_account_user,
+    suite_of,
+    together,
+    used,
+    whole_suites,
+)
 
 USER = service_account_user("finetune-system", "finetune-operator")
 
 
-def line(verb: str, *, user: str = USER, **reference: str) -> str:
+MORNING, NOON, EVENING = (audit_time(datetime(2026, 1, 2, hour, tzinfo=timezone.utc)) for hour in (6, 12, 18))
+
+
+def line(verb: str, *, user: str = USER, at: str = NOON, **reference: str) -> str:
     """One audit event as the API server writes it, without what nobody reads here."""
     event: dict[str, Any] = {"kind": "Event", "stage": "ResponseComplete", "verb": verb, "user": {"username": user}}
+    event["requestReceivedTimestamp"] = at
     if reference:
         event["objectRef"] = {"apiVersion": "v1", **reference}
     return json.dumps(event)
@@ -35,6 +56,14 @@ def test_uses_are_the_users_requests_for_resources() -> None:
         Use("", "pods/log", "get", "team-a", "x"),
         Use("batch", "jobs", "create", "team-a"),
     }
+
+
+def test_what_was_asked_before_the_session_is_left_out() -> None:
+    lines = [line("list", resource="pods", at=MORNING), line("get", resource="pods", at=EVENING)]
+    assert used(lines, USER, NOON) == {Use("", "pods", "get")}
+    assert NOON == "2026-01-02T12:00:00.000000Z", "as the API server writes it"
+    assert reaches_back(lines[0], NOON)
+    assert not reaches_back(lines[1], NOON)
 
 
 def test_a_line_that_is_still_being_written_is_left_out_and_a_broken_one_named() -> None:
@@ -103,3 +132,40 @@ def test_a_binding_of_a_role_that_is_not_there_is_an_error(render: Any) -> None:
     manifests = [m for m in render() if m["kind"] != "Role"]
     with pytest.raises(ValueError, match="finetune-operator-own binds"):
         granted(manifests, "finetune-system", "finetune-operator")
+
+
+def test_what_one_release_uses_is_used_and_what_one_lacks_is_lacking() -> None:
+    def rule(release: str, verb: str) -> Rule:
+        return Rule(f"ClusterRole/{release}-cluster", "", "nodes", verb)
+
+    lacking = Use("", "nodes", "patch")
+    parts = {
+        "mine": Differences(frozenset(), frozenset({rule("mine", "list"), rule("mine", "watch")})),
+        "installed": Differences(
+            frozenset({lacking}), frozenset({rule("installed", "list"), rule("installed", "get")})
+        ),
+    }
+    assert together(parts) == Differences(frozenset({lacking}), frozenset({rule("*", "list")}))
+
+
+FILES = [Path(folder, name) for folder in ("contract", "e2e") for name in ("test_kueue.py", "test_faults.py")]
+KUEUES, OTHERS = [path for path in FILES if "kueue" in path.name], [path for path in FILES if "kueue" not in path.name]
+
+
+@pytest.mark.parametrize(
+    ("collected", "suites"),
+    [
+        pytest.param(FILES, set(Suite), id="everything"),
+        pytest.param(OTHERS, {Suite.MAIN}, id="all but Kueue's tests"),
+        pytest.param(KUEUES, {Suite.KUEUE}, id="Kueue's tests"),
+        pytest.param([*KUEUES, OTHERS[0]], {Suite.KUEUE}, id="Kueue's tests and some others"),
+        pytest.param(FILES[:1], set(), id="one file"),
+    ],
+)
+def test_unused_rights_are_told_by_whole_suites_only(collected: list[Path], suites: set[Suite]) -> None:
+    assert whole_suites(FILES, collected) == suites
+
+
+def test_rights_on_kueues_kinds_are_used_by_kueues_tests() -> None:
+    assert suite_of(Rule("R", "kueue.x-k8s.io", "workloads/status", "patch")) is Suite.KUEUE
+    assert suite_of(Rule("R", "batch", "jobs", "patch")) is Suite.MAIN
