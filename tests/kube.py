@@ -38,10 +38,17 @@ def apply(manifest: Object | str) -> None:
 
 
 def watch(*args: str, seconds: float) -> Iterator[Object]:
-    """Objects as `kubectl get … --watch` reports them, the present ones first, for at most `seconds`."""
+    """Objects as `kubectl get … --watch` reports them, the present ones first, for at most `seconds`.
+
+    One that is named is asked for as a list of one: what happens to it between kubectl's look and its watch is lost
+    otherwise, for kubectl then begins to watch at some later version and passes over the first object.
+    """
+    kind, *rest = args
+    if rest and not rest[0].startswith("-"):
+        rest = ["--field-selector", f"metadata.name={rest[0]}", *rest[1:]]
     ends = time.monotonic() + seconds
     while (left := ends - time.monotonic()) > 0:
-        command = ["kubectl", "get", *args, "--watch", "-o", "json"]
+        command = ["kubectl", "get", kind, *rest, "--watch", "-o", "json"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             timer = threading.Timer(left, process.kill)
             timer.start()
