@@ -60,11 +60,13 @@ class ProgressStore:
 
     def _wake_soon(self, key: Key) -> None:
         now = self._clock()
-        planned = self._woken.get(key)
-        if planned is not None and planned > now:
-            return
-        due = now if planned is None else max(now, planned + WAKE_SECONDS)
+        due = self._woken.get(key)
+        if due is None:
+            due = now
+        elif due <= now:
+            due = max(now, due + WAKE_SECONDS)
         self._woken[key] = due
+        # Also when that was asked for already: a round in between may have stood for it, without this post.
         self._wake(key, due - now)
 
     def forget(self, key: Key) -> None:
