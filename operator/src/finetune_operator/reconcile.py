@@ -62,7 +62,7 @@ RESYNC_SECONDS = 60.0
 """How often a job under way is looked at without an event: no bug in what wakes may hold a job for longer."""
 
 SETTLE_SECONDS = 1.0
-"""After something was stopped or deleted, the next look."""
+"""After something was stopped, deleted or made to wait for a queue, the next look."""
 
 
 @dataclass(frozen=True)
@@ -259,6 +259,9 @@ def _again_after(
         moments.append(RESYNC_SECONDS)
         moments.extend(seconds_until(at, now) for at in (pipeline.wake_at, desired.wake_at) if at is not None)
     if desired.deletions or any(record.stop for record in desired.records):
+        moments.append(SETTLE_SECONDS)
+    if any(manifest["spec"].get("suspend") for manifest in desired.manifests):
+        # No event need follow such a Job: its controller leaves it alone, and Kueue may be away.
         moments.append(SETTLE_SECONDS)
     if problem is not None:
         moments.append(RECHECK_SECONDS)
