@@ -65,11 +65,16 @@ class Operator:
 
 @pytest.fixture(scope="module")
 def operators(request: pytest.FixtureRequest) -> list[Operator]:
-    """The account of the contract tests, if there were any, and the installed release."""
+    """The account of the contract tests, and the release that end-to-end tests use, if there were any of them.
+
+    Without these the installed release may be another than the chart of this tree.
+    """
     found = []
     if (account := request.config.stash.get(ACCOUNT, None)) is not None:
         grants = granted(account.manifests, account.namespace, account.name)
         found.append(Operator(account.name, account.user, grants))
+    if not any(TESTS / "e2e" in item.path.parents for item in request.session.items):
+        return found
     for deployment in kube.items("deployments", "-n", os.environ.get("NAMESPACE", "finetune-system"), "-l", OPERATORS):
         namespace, name = deployment["metadata"]["namespace"], deployment["metadata"]["name"]
         release = deployment["metadata"]["labels"]["app.kubernetes.io/instance"]
