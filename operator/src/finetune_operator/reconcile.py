@@ -303,8 +303,8 @@ async def _report(cluster: Cluster, cached: CachedJob, after: FineTuneJobStatus,
     before = cached.status
     if before == after:
         return Done()
-    version = await apply.write_status(cluster.client, cached.namespace, cached.name, cached.uid, after)
-    cluster.cache.wrote_status(cached.key, cached.uid, version, after)
+    written = await apply.write_status(cluster.client, cached.namespace, cached.name, cached.uid, after)
+    cluster.cache.wrote_status(written, after)
     regarding = {"namespace": cached.namespace, "name": cached.name, "uid": cached.uid}
     results = await asyncio.gather(
         *(

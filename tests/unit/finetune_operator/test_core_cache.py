@@ -223,14 +223,30 @@ def test_our_own_status_write_is_known_before_its_event_comes() -> None:
     cached = cache.find_job(KEY)
     assert cached is not None
     status = cached.status.model_copy(update={"phase": "Training"})
-    cache.wrote_status(KEY, UID, 2, status)
     echo = job_body(status={"phase": "Training"})
     echo["metadata"]["resourceVersion"] = "2"
+    cache.wrote_status(echo, status)
     assert cache.put_job(echo) is None
     known = cache.find_job(KEY)
     assert known is not None
     assert known.job is not None
     assert known.job.status.phase == known.status.phase == "Training"
+
+
+def test_a_spec_that_was_changed_just_before_our_status_write_is_seen() -> None:
+    cache = Cache()
+    first, changed, echo = (job_body(generation=generation, suspend=generation > 1) for generation in (1, 2, 2))
+    for version, body in enumerate((first, changed, echo), start=1):
+        body["metadata"]["resourceVersion"] = str(version)
+    cache.put_job(first)
+    cached = cache.find_job(KEY)
+    assert cached is not None
+    cache.wrote_status(echo, cached.status.model_copy(update={"phase": "Training"}))
+    assert cache.put_job(changed) == Wake(KEY)
+    known = cache.find_job(KEY)
+    assert known is not None
+    assert known.job is not None
+    assert known.job.spec.suspend
 
 
 def test_a_deleted_job_does_not_come_back_and_its_namesake_does() -> None:

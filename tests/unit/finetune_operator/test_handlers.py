@@ -69,7 +69,7 @@ async def test_a_job_deleted_right_after_our_write_does_not_look_like_a_dead_wat
     clock = Clock()
     operator = connected(client)
     operator._echoes = WatchEchoes(clock)
-    kmock[f"patch {JOB}/status"] << {"metadata": {"resourceVersion": "2"}}
+    kmock[f"patch {JOB}/status"] << refused_job("2")
 
     async def deleted(_: kmock_library.Request) -> dict[str, Any]:
         operator.job_changed("DELETED", refused_job("3"))
@@ -84,7 +84,7 @@ async def test_a_job_deleted_right_after_our_write_does_not_look_like_a_dead_wat
 
 async def test_a_refused_job_is_looked_at_again_when_its_time_is_over(kmock: Server, client: Client) -> None:
     operator = connected(client, ttlSecondsAfterFinished=60)
-    kmock[f"patch {JOB}/status"] << {"metadata": {"resourceVersion": "2"}}
+    kmock[f"patch {JOB}/status"] << refused_job("2")
     kmock[f"post {EVENTS}"] << {}
     after = await operator._process(KEY)
     assert after is not None
@@ -93,7 +93,7 @@ async def test_a_refused_job_is_looked_at_again_when_its_time_is_over(kmock: Ser
 
 async def test_our_own_write_needs_no_answer_and_a_foreign_change_does(kmock: Server, client: Client) -> None:
     operator = connected(client)
-    kmock[f"patch {JOB}/status"] << {"metadata": {"resourceVersion": "2"}}
+    kmock[f"patch {JOB}/status"] << refused_job("2")
     kmock[f"post {EVENTS}"] << {}
     await operator._process(KEY)
     operator._lead()

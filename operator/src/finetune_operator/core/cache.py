@@ -146,12 +146,18 @@ class Cache:
         ]
         return [wake for job in lost if (wake := self.remove_job(job.key, job.uid)) is not None]
 
-    def wrote_status(self, key: Key, uid: str, version: int, status: FineTuneJobStatus) -> None:
-        """Our own status write, before its event comes."""
+    def wrote_status(self, raw: Raw, status: FineTuneJobStatus) -> None:
+        """Our own status write, before its event comes. `raw` is the API server's answer to it.
+
+        Where the spec was changed just before, the events of both are still to come, and must not look known.
+        """
+        metadata, version = raw["metadata"], version_of(raw)
+        key = (metadata.get("namespace") or "default", metadata["name"])
         known = self._jobs.get(key)
-        if known is not None and known.uid == uid and version > known.version:
+        if known is not None and known.uid == metadata["uid"] and version > known.version:
             job = known.job.model_copy(update={"status": status}) if known.job is not None else None
-            self._jobs[key] = replace(known, version=version, status=status, job=job)
+            is_same = (metadata.get("generation") or 0) == known.generation
+            self._jobs[key] = replace(known, version=version if is_same else known.version, status=status, job=job)
 
     def find_job(self, key: Key) -> CachedJob | None:
         return self._jobs.get(key)

@@ -92,16 +92,15 @@ async def write_record(
         raise
 
 
-async def write_status(client: Client, namespace: str, name: str, uid: str, status: FineTuneJobStatus) -> int:
-    """The one status write; the object's resourceVersion after it."""
+async def write_status(client: Client, namespace: str, name: str, uid: str, status: FineTuneJobStatus) -> Raw:
+    """The one status write; the object after it."""
     manifest = {
         "apiVersion": constants.API_VERSION,
         "kind": constants.KIND,
         "metadata": {"name": name, "namespace": namespace, "uid": uid},
         "status": status.as_json(),
     }
-    after = await client.apply(manifest, field_manager=STATUS_MANAGER, subresource="status", force=True)
-    return int(after["metadata"]["resourceVersion"])
+    return await client.apply(manifest, field_manager=STATUS_MANAGER, subresource="status", force=True)
 
 
 async def post_event(
