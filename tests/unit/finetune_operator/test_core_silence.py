@@ -120,9 +120,18 @@ def event(
         pytest.param([event("FailedMount", 1)], "FailedMount", id="one warning"),
         pytest.param([event("FailedMount", 9), event("FailedAttachVolume", 2)], "FailedMount", id="the newer one"),
         pytest.param(
-            [event("FailedCreate", 1), event("Other", 5, field="eventTime"), event("New", 9, field="series")],
-            "New",
+            [
+                event("FailedCreate", 1),
+                event("FailedMount", 5, field="eventTime"),
+                event("FailedMapVolume", 9, field="series"),
+            ],
+            "FailedMapVolume",
             id="whatever field has the time",
+        ),
+        pytest.param(
+            [event("FailedMount", 1), event("FailedScheduling", 1), event("Strange", 9)],
+            "FailedMount",
+            id="not the scheduler's, nor one that the table does not know",
         ),
         pytest.param([event("FailedMount", 1), event("Pulling", 9, kind="Normal")], None, id="one that is over"),
         pytest.param([event("Scheduled", 1, kind="Normal"), event("FailedMount", 9)], "FailedMount", id="after a step"),

@@ -9,7 +9,9 @@ from simulated import Simulation, successful_report
 from workloads import evicted, reserved, workload
 
 from finetune_operator.api import constants
+from finetune_operator.api.status import Cost
 from finetune_operator.core.figures import Progress
+from finetune_operator.core.plan import derive_cost
 from finetune_operator.core.times import format_time
 from finetune_trainer.contract import ExitCode
 
@@ -457,3 +459,38 @@ def test_what_runs_in_a_reservation_goes_on_when_kueue_is_removed_and_the_next_s
     status = simulation.settle()
     assert (status.phase, "no Kueue" in (status.message or "")) == ("Queued", True)
     assert len(simulation.created_jobs) == 2
+
+
+def scheduled(simulation: Simulation, stage: str) -> None:
+    """Every pod of the stage is given a node now."""
+    for pod in simulation.pods_of(stage):
+        at = format_time(simulation.now)
+        pod["status"]["conditions"] = [{"type": "PodScheduled", "status": "True", "lastTransitionTime": at}]
+
+
+def test_the_time_for_which_pods_had_their_nodes_is_kept_when_the_pods_are_gone() -> None:
+    simulation = Simulation()
+    simulation.settle(30)
+    scheduled(simulation, "prepare")
+    simulation.now += timedelta(seconds=60)
+    simulation.run_stage("prepare")
+    simulation.settle()
+    scheduled(simulation, "train")
+    simulation.now += timedelta(seconds=100)
+    simulation.fail_stage("train", ExitCode.RETRYABLE)
+    simulation.settle()
+    simulation.pods.clear()
+    outcomes = simulation.decide()[0].outcomes
+    assert {stage: outcome.pod_seconds for (stage, _, _), outcome in outcomes.items()} == {"prepare": 60, "train": 100}
+    assert derive_cost(outcomes, None, "USD") == Cost(pod_seconds=160)
+
+
+def test_a_suspended_attempts_time_is_kept_too() -> None:
+    simulation = Simulation()
+    simulation.settle()
+    scheduled(simulation, "prepare")
+    simulation.now += timedelta(seconds=45)
+    simulation.change(suspend=True)
+    simulation.settle()
+    (outcome,) = simulation.decide()[0].outcomes.values()
+    assert (outcome.reason, outcome.pod_seconds) == ("Suspended", 45)

@@ -9,14 +9,17 @@ import pytest
 from builders import job_body
 from simulated import START, Simulation
 
-from finetune_operator.api.constants import Reason
-from finetune_operator.api.status import Checkpoint, FineTuneJobStatus, TrainingStatus
+from finetune_operator.api.conditions import find_condition
+from finetune_operator.api.constants import ConditionType, Reason
+from finetune_operator.api.status import Checkpoint, FineTuneJobStatus, PlanStatus, TrainingStatus
+from finetune_operator.core.desired import Desired, desired_state
 from finetune_operator.core.events import derive_events
 from finetune_operator.core.failure import Waiting
 from finetune_operator.core.figures import Progress
+from finetune_operator.core.preflight import Findings
 from finetune_operator.core.prerequisites import find_missing
 from finetune_operator.core.stages import derive_pipeline
-from finetune_operator.core.status import derive_status, refused_status
+from finetune_operator.core.status import derive_status, planned_status, refused_status
 from finetune_operator.core.times import format_time
 from finetune_trainer.contract import ExitCode
 
@@ -65,6 +68,66 @@ def test_a_missing_claim_is_a_waiting_condition_and_no_failure() -> None:
     assert (status.phase, status.reason) == ("Pending", "ClaimMissing")
     assert status.start_time is None
     assert (status.stages[0].state, status.stages[0].attempt) == ("Waiting", 0)
+
+
+def test_doubts_stand_in_the_message_of_validated_and_a_dry_runs_refusal_makes_it_false() -> None:
+    simulation = Simulation()
+    job, observed = simulation.job, simulation.observe()
+    pipeline = derive_pipeline(job, observed, simulation.settings, START)
+    status = derive_status(job, observed, pipeline, START, findings=Findings(doubts=("It may be too large.",)))
+    validated = find_condition(status.conditions, ConditionType.VALIDATED)
+    assert validated is not None
+    assert (validated.status, validated.message) == ("True", "Every check of the spec passed. It may be too large.")
+    refused = Findings(Waiting(Reason.INVALID_SPEC, "spec.x: 3 is wrong"), ("It may be too large.",))
+    planned = planned_status(job, PLAN, refused, START)
+    assert conditions(planned)["Validated"] == ("False", "InvalidSpec")
+    assert conditions(planned)["Succeeded"] == ("Unknown", "DryRun")
+    assert (planned.plan, planned.completion_time) == (PLAN, None)
+
+
+PLAN = PlanStatus(message="Nothing is started.", world_size=2, data_parallel_size=2, global_batch_size=2)
+
+
+def test_a_dry_run_of_a_job_that_ran_starts_nothing_removes_nothing_and_shows_the_plan() -> None:
+    simulation = Simulation()
+    simulation.settle()
+    simulation.run_stage("prepare")
+    simulation.settle()
+    simulation.fail_stage("train", ExitCode.RETRYABLE)
+    simulation.settle()
+    assert simulation.body["status"]["startTime"]
+    simulation.change(dryRun=True)
+    simulation.now += timedelta(seconds=600)
+    job, observed = simulation.job, simulation.observe()
+    pipeline = derive_pipeline(job, observed, simulation.settings, simulation.now)
+    assert desired_state(job, observed, pipeline, simulation.settings, simulation.now).manifests, "it was due"
+    held = pipeline.held()
+    assert desired_state(job, observed, held, simulation.settings, simulation.now) == Desired()
+    status = derive_status(job, observed, held, simulation.now, plan=PLAN)
+    train = status.stages[1]
+    assert (status.phase, status.reason, status.message) == ("Pending", "DryRun", PLAN.message)
+    assert (train.state, train.reason, train.attempt) == ("Waiting", "DryRun", 1)
+    assert (status.stages[0].state, status.plan, status.start_time) == ("Succeeded", PLAN, None)
+
+
+def test_a_dry_run_lets_a_stage_that_runs_come_to_its_end() -> None:
+    simulation = Simulation()
+    simulation.settle()
+    simulation.change(dryRun=True)
+    job, observed = simulation.job, simulation.observe()
+    pipeline = derive_pipeline(job, observed, simulation.settings, simulation.now)
+    assert pipeline.held() == pipeline
+    assert desired_state(job, observed, pipeline.held(), simulation.settings, simulation.now) == Desired()
+    assert derive_status(job, observed, pipeline.held(), simulation.now, plan=PLAN).reason == "Starting"
+
+
+def test_a_dry_run_removes_no_attempt_of_an_earlier_spec() -> None:
+    simulation = Simulation()
+    simulation.settle()
+    simulation.change(dryRun=True, dataset={"maxLength": 128})
+    job, observed = simulation.job, simulation.observe()
+    held = derive_pipeline(job, observed, simulation.settings, simulation.now).held()
+    assert desired_state(job, observed, held, simulation.settings, simulation.now).deletions == ()
 
 
 def test_progress_follows_what_the_training_posts() -> None:

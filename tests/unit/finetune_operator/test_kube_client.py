@@ -12,7 +12,7 @@ from kubernetes.aio import client as kubernetes_client
 from finetune_operator.api.constants import LABEL_STAGE, Reason
 from finetune_operator.kube.apply import ChildRefused, create_child, write_record
 from finetune_operator.kube.client import Client, ClusterError, object_path
-from finetune_operator.kube.observe import Facts, check_kind_is_served, read_log_tail
+from finetune_operator.kube.observe import Facts, Forbidden, check_kind_is_served, read_log_tail
 
 Server = kmock_library.RawHandler
 pytestmark = pytest.mark.kmock(cls=Server)
@@ -197,6 +197,22 @@ async def test_what_was_found_is_believed_for_a_while_and_what_was_missing_is_no
         clock[0] = seconds
         assert await facts.find_claim("team-a", "there") == owned()
         assert len(kmock["get"]) == asked
+
+
+async def test_that_there_are_no_events_is_believed_for_a_while_too(kmock: Server, client: Client) -> None:
+    facts = Facts(client, lambda: 0.0)
+    kmock["get " + object_path("Event", "team-a")] << {"items": []}
+    assert [await facts.find_events("team-a", UID) for _ in range(3)] == [[]] * 3
+    assert len(kmock["get"]) == 1
+
+
+async def test_what_may_not_be_read_is_not_taken_for_missing(kmock: Server, client: Client) -> None:
+    facts = Facts(client, lambda: 0.0)
+    kmock["get /apis/x/v1/things/hidden"] << refusal(403)
+    kmock["get /apis/x/v1/things/gone"] << refusal(404)
+    assert await facts.find_at("/apis/x/v1/things/gone") is None
+    with pytest.raises(Forbidden):
+        await facts.find_at("/apis/x/v1/things/hidden")
 
 
 async def test_a_log_that_cannot_be_read_is_no_error(kmock: Server, client: Client) -> None:

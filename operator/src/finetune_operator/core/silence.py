@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from finetune_operator.core.failure_rules import Evidence, find_rule
 from finetune_operator.core.observed import Attempt, Note, Pod
 from finetune_operator.core.times import UTC, parse_time
 
@@ -80,12 +81,25 @@ def newest_warning(events: Iterable[Mapping[str, Any]]) -> Note | None:
     """Reason and words of the newest of an object's events.k8s.io/v1 Events, or None where that is no warning.
 
     What comes after a warning, such as Pulling after FailedMount, shows that it is over. Of the same second a warning
-    counts: a Job's controller makes one pod and is refused another.
+    counts: a Job's controller makes one pod and is refused another. Warnings of which failure_rules.py knows nothing
+    are passed over, such as the scheduler's, who may speak late of a pod that has its node.
     """
-    newest = max(events, key=lambda event: (_told_at(event), event.get("type") == "Warning"), default=None)
-    if newest is None or newest.get("type") != "Warning":
-        return None
-    return Note(newest.get("reason") or "", newest.get("note") or "")
+    newest = max(filter(_tells, events), key=lambda event: (_told_at(event), _is_warning(event)), default=None)
+    return _note(newest) if newest is not None and _is_warning(newest) else None
+
+
+def _is_warning(event: Mapping[str, Any]) -> bool:
+    return event.get("type") == "Warning"
+
+
+def _note(event: Mapping[str, Any]) -> Note:
+    return Note(event.get("reason") or "", event.get("note") or "")
+
+
+def _tells(event: Mapping[str, Any]) -> bool:
+    note = _note(event)
+    known = find_rule(Evidence(event_reason=note.reason, event_message=note.message)) is not None
+    return known or not _is_warning(event)
 
 
 def _told_at(event: Mapping[str, Any]) -> datetime:
