@@ -159,7 +159,7 @@ def test_a_refusal_and_doubts_are_said_and_the_job_is_not_recommended() -> None:
     doubts = spec_doubts(job, spread(job, 32), None, TRN1)
     plan = derive_plan(job, SETTINGS, JOBS, spread(job, 32), None, TRN1, refused=refused, doubts=doubts)
     assert "It would be refused (FeatureNotAvailable): spec.parallelism.tensorParallelSize: " in plan.message
-    assert "spec.accelerator.type: accelerator.type: neuron is not available in this release; use cpu." in plan.message
+    assert "spec.accelerator.type: neuron is not available in this release; use cpu." in plan.message
     assert plan.message.endswith("are checked after prepare.")
     assert "Set spec.dryRun to false" not in plan.message
 

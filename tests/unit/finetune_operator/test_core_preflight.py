@@ -184,7 +184,14 @@ def test_a_model_whose_weights_exceed_the_device_is_refused_with_the_parts() -> 
     job = gpu(training={"precision": "fp32"}, dataset={"maxLength": 64})
     message = problems(job, LLAMA_8B, G5)["spec.accelerator.instanceType"]
     assert "on each GPU of ml.g5.12xlarge, 22.0 GiB are there (weights 29.94 GiB, gradients 0.03 GiB" in message
-    assert message.endswith("with fewer bytes a weight, or a smaller model")
+    assert message.endswith(
+        "choose an instanceType with larger devices, or set training.precision to bf16, or take a smaller model"
+    )
+
+
+def test_a_full_training_that_cannot_fit_is_told_that_an_adapter_takes_less() -> None:
+    message = problems(gpu(method={"type": "full", "lora": None}), LLAMA_8B, G5)["spec.accelerator.instanceType"]
+    assert message.endswith("larger devices, or train an adapter (method.type lora), or take a smaller model")
 
 
 def test_rows_too_long_for_the_device_are_refused_with_what_to_lower() -> None:

@@ -26,7 +26,7 @@ def unavailable_features(
     `queue_enabled` says whether the installation serves spec.queue.
     """
     return tuple(
-        Problem(f"spec.{field}", value, f"{field}: {value} is not available in this {where}; {remedy}")
+        Problem(f"spec.{field}", value, f"{value} is not available in this {where}; {remedy}")
         for field, value, where, remedy in _unavailable(spec, features, queue_enabled)
     )
 

@@ -111,7 +111,7 @@ def _spec_problems(
     if room is not None:
         estimate = estimate_memory(job.spec, parallelism, shape)
         if estimate.least > room.bytes:
-            yield Problem(room.field, _gib(room.bytes), _too_large(estimate, room))
+            yield Problem(room.field, _gib(room.bytes), _too_large(job, estimate, room))
 
 
 def _split_problems(parallelism: Parallelism, shape: ModelShape, instance: InstanceType | None) -> Iterator[Problem]:
@@ -178,14 +178,19 @@ def _room(
     return None
 
 
-def _too_large(estimate: MemoryEstimate, room: _Room) -> str:
-    if estimate.states > room.bytes:
-        change = "train an adapter (method.type lora) with fewer bytes a weight, or a smaller model"
+def _too_large(job: FineTuneJob, estimate: MemoryEstimate, room: _Room) -> str:
+    changes = [room.remedy]
+    if estimate.states <= room.bytes:
+        changes.append("lower training.microBatchSize or dataset.maxLength")
     else:
-        change = "lower training.microBatchSize or dataset.maxLength"
+        if job.spec.method.type == "full":
+            changes.append("train an adapter (method.type lora)")
+        if job.spec.training.precision == "fp32":
+            changes.append("set training.precision to bf16")
+        changes.append("take a smaller model")
     return (
         f"the training needs at least {_gib(estimate.least)} on {room.where}, {_gib(room.bytes)} are there "
-        f"({_parts(estimate)}): {room.remedy}, or {change}"
+        f"({_parts(estimate)}): {', or '.join(changes)}"
     )
 
 
