@@ -113,7 +113,9 @@ class Progress:
 
     def started(self, step: int) -> None:
         """Training begins after `step` finished steps, which are those of a checkpoint unless there are none."""
-        self._post(step=step, **({"lastCheckpoint": step} if step else {}))
+        if step:
+            self._facts["lastCheckpoint"] = step
+        self._post(step=step)
 
     def stepped(self, step: int) -> None:
         """`step` steps are done. Prints nothing: called for each step, of which few are logged."""
