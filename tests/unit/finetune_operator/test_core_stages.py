@@ -370,6 +370,22 @@ def test_pods_that_no_kubelet_ends_delay_the_next_attempt_by_less_than_half_a_mi
     assert simulation.pods_of("train")[0]["metadata"]["labels"][constants.LABEL_ATTEMPT] == "2"
 
 
+def test_pods_that_wait_for_a_node_are_told_which_ones_hyperpod_holds_back() -> None:
+    simulation = training()
+    simulation.nodes["n2"]["metadata"]["labels"][HEALTH] = "UnschedulablePendingReboot"
+    simulation.settle()
+    simulation.settle(5)
+    words = "0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector."
+    for pod in simulation.pods_of("train"):
+        condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": words}
+        pod["status"]["conditions"] = [condition]
+    status = simulation.settle()
+    assert status.reason == "Unschedulable"
+    assert status.message is not None
+    assert words in status.message
+    assert "HyperPod keeps pods off node n2 (UnschedulablePendingReboot)" in status.message
+
+
 def test_without_the_label_on_any_node_none_is_required() -> None:
     simulation = Simulation()
     simulation.nodes = {"n1": node("n1", health=None)}

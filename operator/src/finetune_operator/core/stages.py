@@ -18,7 +18,7 @@ from finetune_operator.api.finetunejob import FineTuneJob
 from finetune_operator.core.failure import Hang, derive_outcome, find_waiting
 from finetune_operator.core.figures import Progress
 from finetune_operator.core.inputs import GANGS, Start, is_skipped, stage_config, stage_names, start_attempt
-from finetune_operator.core.nodes import Avoidance, node_affinity, nodes_to_avoid
+from finetune_operator.core.nodes import Avoidance, held_back, node_affinity, nodes_to_avoid
 from finetune_operator.core.observed import Attempt, AttemptKey, Observed, StageJob
 from finetune_operator.core.pods import Placement
 from finetune_operator.core.queueing import QueueState, derive_queue_state, no_workload_at
@@ -469,7 +469,10 @@ def _under_way(look: _Look, latest: Attempt, plan: Callable[..., StagePlan]) -> 
     look_at = next_look(find_silent(latest), look.now)
     running = sum(pod.running or pod.has_ended for pod in latest.pods)
     if waiting is not None:
-        return plan(StageState.STARTING, waiting.reason, waiting.message, start=latest.number, wake_at=look_at)
+        message = waiting.message
+        if waiting.reason is Reason.UNSCHEDULABLE:
+            message = f"{message} {held_back(look.observed.nodes.values())}".strip()
+        return plan(StageState.STARTING, waiting.reason, message, start=latest.number, wake_at=look_at)
     if running >= job.completions:
         message = f"Attempt {latest.number} runs on {job.completions} pod{'s' if job.completions > 1 else ''}."
         hangs_at = None
