@@ -32,6 +32,7 @@ from finetune_operator.core.log_tail import clean_tail
 from finetune_operator.core.observed import Observed
 from finetune_operator.core.parallelism import ParallelismError
 from finetune_operator.core.plan import derive_cost
+from finetune_operator.core.preflight import Findings
 from finetune_operator.core.records import outcome_annotations
 from finetune_operator.core.settings import Settings
 from finetune_operator.core.stages import Pipeline, derive_pipeline, is_finished
@@ -163,6 +164,8 @@ async def _advance(
     desired = desired_state(job, observed, pipeline, settings, now)
     problem = await _bring_about(cluster, job, desired, settings, problem)
     await _bring_about_reservation(cluster, job, reservation)
+    if plan is None:
+        findings = Findings(doubts=findings.doubts)  # whatever would be refused now was begun before, and may go on
     cost = derive_cost(pipeline.outcomes, find_instance(job, settings.instance_types), settings.currency)
     status = derive_status(job, observed, pipeline, now, problem=problem, findings=findings, plan=plan, cost=cost)
     written = await _report(cluster, cached, status, now, instance)

@@ -48,7 +48,7 @@ from finetune_operator.core.preflight import (
 )
 from finetune_operator.core.prerequisites import find_missing
 from finetune_operator.core.settings import Settings
-from finetune_operator.core.silence import newest_warning, to_ask
+from finetune_operator.core.silence import to_ask
 from finetune_operator.core.stages import DONE, Pipeline
 from finetune_operator.kube.observe import Facts, Forbidden
 from finetune_trainer import contract
@@ -210,12 +210,17 @@ def _reported(pipeline: Pipeline) -> Mapping[str, Any]:
 
 
 def check_job(job: FineTuneJob, pipeline: Pipeline, settings: Settings) -> Preflight:
-    """The arithmetic of the spec against the devices; of the model's sizes too where they are known."""
+    """The arithmetic of the spec against the devices; of the model's sizes too where they are known.
+
+    A training that is done needs no device: whatever a newer table says of it, there is nothing to find any more.
+    """
     instance = find_instance(job, settings.instance_types)
     parallelism = job_parallelism(job, settings)
     model = _reported(pipeline).get("model")
     shape = find_shape(job, model if isinstance(model, Mapping) else None, settings.model_shapes)
     memory = memory_limit(container_resources(job, contract.TRAIN, settings, None)[1])
+    if any(stage.name == contract.TRAIN and stage.state in DONE for stage in pipeline.stages):
+        return Preflight(parallelism, shape, instance, memory, Findings())
     problems = check_spec(job, parallelism, shape, instance, pod_memory_bytes=memory)
     doubts = spec_doubts(job, parallelism, shape, instance, pod_memory_bytes=memory)
     refused = Waiting(Reason.INVALID_SPEC, "; ".join(map(str, problems))) if problems else None
@@ -288,9 +293,9 @@ async def hear_silent(facts: Facts, job: FineTuneJob, observed: Observed, now: d
     silent = () if job.spec.suspend else to_ask(observed.attempts, now)
     if not silent:
         return observed
-    events = await asyncio.gather(*(facts.find_events(job.namespace, each.uid) for each in silent))
-    notes = zip((each.name for each in silent), map(newest_warning, events), strict=True)
-    return replace(observed, events={name: note for name, note in notes if note is not None})
+    notes = await asyncio.gather(*(facts.find_warning(job.namespace, each.uid) for each in silent))
+    told = zip(silent, notes, strict=True)
+    return replace(observed, events={each.name: note for each, note in told if note is not None})
 
 
 async def _check_cluster(

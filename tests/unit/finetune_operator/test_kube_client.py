@@ -202,7 +202,7 @@ async def test_what_was_found_is_believed_for_a_while_and_what_was_missing_is_no
 async def test_that_there_are_no_events_is_believed_for_a_while_too(kmock: Server, client: Client) -> None:
     facts = Facts(client, lambda: 0.0)
     kmock["get " + object_path("Event", "team-a")] << {"items": []}
-    assert [await facts.find_events("team-a", UID) for _ in range(3)] == [[]] * 3
+    assert [await facts.find_warning("team-a", UID) for _ in range(3)] == [None] * 3
     assert len(kmock["get"]) == 1
 
 

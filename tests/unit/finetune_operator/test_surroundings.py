@@ -12,11 +12,12 @@ from kubernetes.aio import client as kubernetes_client
 from simulated import SETTINGS, Simulation
 
 from finetune_operator.core.observed import Observed
+from finetune_operator.core.preflight import Findings
 from finetune_operator.core.silence import SILENT_SECONDS
 from finetune_operator.core.stages import derive_pipeline
 from finetune_operator.kube.client import Client, object_path
 from finetune_operator.kube.observe import Facts
-from finetune_operator.surroundings import hear_silent, plan_queue
+from finetune_operator.surroundings import check_job, hear_silent, plan_queue
 
 Server = kmock_library.RawHandler
 pytestmark = pytest.mark.kmock(cls=Server)
@@ -131,3 +132,30 @@ async def test_a_reservation_has_the_value_of_its_priority_class_and_a_dry_run_m
         made.append((await plan_queue(facts, job, observed, pipeline, SETTINGS, KUEUE, simulation.now)).create)
     assert made[0] is not None
     assert (made[0]["spec"]["priority"], made[1]) == (7, None)
+
+
+MODEL = {
+    "hiddenSize": 4096,
+    "layers": 32,
+    "heads": 32,
+    "kvHeads": 8,
+    "intermediateSize": 14336,
+    "vocabSize": 128256,
+    "parameters": 8_030_261_248,
+}
+"""Far too large for a training pod's default memory."""
+
+
+def test_a_training_that_is_done_is_not_held_against_a_table_any_more() -> None:
+    simulation = Simulation()
+    simulation.settle()
+    simulation.run_stage("prepare", model=MODEL)
+    found = []
+    for _ in range(2):
+        simulation.settle()
+        pipeline, _ = simulation.decide()
+        found.append(check_job(simulation.job, pipeline, SETTINGS).findings)
+        simulation.run_stage("train")
+    assert found[0].refused is not None
+    assert found[0].refused.reason == "InvalidSpec"
+    assert found[1] == Findings()

@@ -13,6 +13,8 @@ from functools import partial
 from typing import TypeVar
 
 from finetune_operator.api import constants
+from finetune_operator.core.observed import Note
+from finetune_operator.core.silence import newest_warning
 from finetune_operator.kube.client import Client, ClusterError, Raw, object_path
 
 T = TypeVar("T")
@@ -121,18 +123,21 @@ class Facts:
 
         return await self._found(("quotas", namespace), quotas) or []
 
-    async def find_events(self, namespace: str, uid: str) -> list[Raw]:
-        """The events about one object; none where they may not be listed."""
+    async def find_warning(self, namespace: str, uid: str) -> Note | None:
+        """The newest event about one object if that is a warning; None where events may not be listed."""
 
-        async def events() -> list[Raw]:
+        async def warnings() -> tuple[Note, ...]:
             try:
-                return await self._client.list("Event", namespace, field_selector=f"regarding.uid={uid}")
+                events = await self._client.list("Event", namespace, field_selector=f"regarding.uid={uid}")
             except ClusterError as error:
                 if error.status == 403:
-                    return []
+                    return ()
                 raise
+            newest = newest_warning(events)
+            return () if newest is None else (newest,)
 
-        return await self._found(("events", namespace, uid), events) or []
+        found = await self._found(("warning", namespace, uid), warnings)
+        return found[0] if found else None
 
     async def find_at(self, path: str) -> Raw | None:
         """An object at a path, such as a ClusterQueue; None where there is none. Forbidden where it may not be read."""
