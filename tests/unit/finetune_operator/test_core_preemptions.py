@@ -65,6 +65,17 @@ def test_nothing_is_lost_where_nothing_was_stopped(raw: dict[str, Any]) -> None:
     assert find(raw) is None
 
 
+def test_an_eviction_of_an_attempt_that_had_ended_by_itself_is_none() -> None:
+    raw = parse_workload(workload(*reserved(5), evicted("Preempted", WORDS, 60)))
+    assert find_preemption(raw, Noted(), ended=True) is None
+
+
+def test_one_that_nobody_saw_is_found_after_the_end_too() -> None:
+    raw = readmitted(WORDS, again=90)
+    raw["status"]["conditions"].append(condition("Finished", "True", "Succeeded", "", 120))
+    assert find_preemption(parse_workload(raw), Noted(), ended=True) == Preemption(at(90), "Preempted", WORDS)
+
+
 def test_no_workload_is_no_preemption() -> None:
     assert find_preemption(None, Noted()) is None
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 from simulated import Simulation, successful_report
-from workloads import evicted, reserved, workload
+from workloads import evicted, readmitted, reserved, workload
 
 from finetune_operator.api import constants
 from finetune_operator.api.status import Cost
@@ -510,3 +510,16 @@ def test_a_suspended_attempts_time_is_kept_too() -> None:
     simulation.settle()
     (outcome,) = simulation.decide()[0].outcomes.values()
     assert (outcome.reason, outcome.pod_seconds) == ("Suspended", 45)
+
+
+def test_a_preemption_that_no_operator_saw_is_told_although_the_stage_has_ended_since() -> None:
+    simulation = Simulation(kueue_installed=True)
+    simulation.change(queue={"name": "research"})
+    simulation.settle()
+    [name] = simulation.created_jobs
+    simulation.jobs[name]["spec"]["suspend"] = False
+    simulation.run_stage("prepare")
+    simulation.workloads[f"uid-of-{name}"] = readmitted("for another", again=30)
+    status = simulation.settle(60)
+    assert [(each.stage, each.attempt, each.reason) for each in status.attempts] == [("prepare", 1, "Preempted")]
+    assert status.stages[0].state == "Succeeded"

@@ -139,27 +139,30 @@ def _never_started(attempt: Attempt) -> bool:
 
 
 def _notes(observed: Observed, pipeline: Pipeline, now: datetime) -> Iterator[Record]:
-    """What is kept on the Job of the attempt under way beside its outcome: preemptions, the newest checkpoint."""
-    current = pipeline.current
-    latest = current.latest if current is not None else None
-    if latest is None or latest.job is None or latest.job.deleting or pipeline.outcome_of(latest) is not None:
-        return
-    stage_job, progress, annotations = latest.job, pipeline.progress, dict[str, str]()
-    noted = noted_preemptions(stage_job.annotations)
-    preemption = find_preemption(
-        observed.workloads.get(stage_job.uid), noted, step=progress.step if progress is not None else None
-    )
-    if preemption is not None:
-        annotations.update(preemption_annotations(with_preemption(noted, preemption)))
-    if progress is not None and progress.checkpoint_step is not None:
-        newest = checkpoint_annotations(
-            stage_job.annotations, progress.checkpoint_step, progress.checkpoint_time or now, now
+    """What is kept on the Jobs beside their outcomes: preemptions, and of the attempt under way its checkpoint."""
+    current, progress = pipeline.current, pipeline.progress
+    latest = current.latest.key if current is not None and current.latest is not None else None
+    for attempt in observed.attempts:
+        stage_job, annotations = attempt.job, dict[str, str]()
+        if stage_job is None or stage_job.deleting or _is_unwanted(attempt, pipeline):
+            continue
+        ended = pipeline.outcome_of(attempt) is not None
+        posted = progress if attempt.key == latest and not ended else None
+        noted = noted_preemptions(stage_job.annotations)
+        preemption = find_preemption(
+            observed.workloads.get(stage_job.uid), noted, step=posted.step if posted is not None else None, ended=ended
         )
-        annotations.update(newest)
-        if newest:
-            yield from (Record(POD, pod.name, newest) for pod in latest.live_pods)
-    if annotations:
-        yield Record(JOB, stage_job.name, annotations)
+        if preemption is not None:
+            annotations.update(preemption_annotations(with_preemption(noted, preemption)))
+        if posted is not None and posted.checkpoint_step is not None:
+            newest = checkpoint_annotations(
+                stage_job.annotations, posted.checkpoint_step, posted.checkpoint_time or now, now
+            )
+            annotations.update(newest)
+            if newest:
+                yield from (Record(POD, pod.name, newest) for pod in attempt.live_pods)
+        if annotations:
+            yield Record(JOB, stage_job.name, annotations)
 
 
 def _deletions(job: FineTuneJob, observed: Observed, pipeline: Pipeline) -> Iterator[Deletion]:

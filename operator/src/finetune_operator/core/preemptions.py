@@ -73,17 +73,20 @@ def _parse(entry: Mapping[str, Any]) -> Preemption:
     return Preemption(at, str(entry["reason"]), str(entry["message"]), entry["step"])
 
 
-def find_preemption(workload: Workload | None, noted: Noted, *, step: int | None = None) -> Preemption | None:
+def find_preemption(
+    workload: Workload | None, noted: Noted, *, step: int | None = None, ended: bool = False
+) -> Preemption | None:
     """The preemption that the Job does not remember yet, or None. `step` is the last training step known.
 
-    An eviction counts when the Workload had been admitted: before that no pod ran and nothing is lost. One that came
-    and went while no operator looked is found by Kueue's count of evictions.
+    An eviction counts when the Workload had been admitted: before that no pod ran and nothing is lost. It does not when
+    the attempt has `ended` first. One that came and went while no operator looked is found by Kueue's count of
+    evictions, also when the attempt has ended since.
     """
-    if workload is None or workload.finished or not workload.was_admitted:
+    if workload is None or not workload.was_admitted:
         return None
     evicted = workload.evicted
     if evicted is not None:
-        if evicted.at is None or any(known.at == evicted.at for known in noted.last):
+        if ended or workload.finished or evicted.at is None or any(known.at == evicted.at for known in noted.last):
             return None
         return Preemption(evicted.at, evicted.reason, evicted.message[:MAX_MESSAGE_LENGTH], step)
     again = workload.readmitted
