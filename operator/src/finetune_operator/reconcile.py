@@ -63,7 +63,7 @@ RESYNC_SECONDS = 60.0
 """How often a job under way is looked at without an event: no bug in what wakes may hold a job for longer."""
 
 SETTLE_SECONDS = 1.0
-"""After something was stopped, deleted or made to wait for a queue, the next look."""
+"""After something was stopped, deleted, preempted or made to wait for a queue, the next look."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,8 @@ def _again_after(
     else:
         moments.append(RESYNC_SECONDS)
         moments.extend(seconds_until(at, now) for at in (pipeline.wake_at, desired.wake_at) if at is not None)
-    if desired.deletions or any(record.stop for record in desired.records):
+    noted = any(record.stop or constants.ANNOTATION_PREEMPTIONS in record.annotations for record in desired.records)
+    if desired.deletions or noted:
         moments.append(SETTLE_SECONDS)
     if any(manifest["spec"].get("suspend") for manifest in desired.manifests):
         # No event need follow such a Job: its controller leaves it alone, and Kueue may be away.
