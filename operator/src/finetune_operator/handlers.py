@@ -35,13 +35,16 @@ from finetune_operator.leadership import LeaderElection, make_identity
 from finetune_operator.metrics import Metrics, Sources
 from finetune_operator.progress.endpoint import ProgressEndpoint
 from finetune_operator.progress.server import monotonic
-from finetune_operator.reconcile import Cluster, reconcile
+from finetune_operator.reconcile import Cluster, Report, reconcile, write_report
 from finetune_operator.work_queue import Key, WorkQueue
 
 logger = logging.getLogger(__name__)
 
 LAZY_SECONDS = 1.0
 """Events that only change what is shown are gathered for so long: an ordinary start of a pod is one status write."""
+STATUSES_AT_ONCE = 2
+"""Status writes under way at a time. They are the dearest requests there are (some 25 ms of the API server's processor
+each), and nothing waits for them: what a stage's end sets going comes first, and a job's newest status is enough."""
 KUEUE_LOOK_SECONDS = 10.0
 """How often it is looked whether Kueue has come or gone."""
 FIRST_LOOK_SECONDS = 1.0
@@ -77,6 +80,8 @@ class Operator:
         self._client: Client | None = None
         self._cluster: Cluster | None = None
         self._queue: WorkQueue | None = None
+        self._reports: dict[Key, Report] = {}
+        self._report_queue: WorkQueue | None = None
         self._audit: JobAudit | None = None
         self._election: LeaderElection | None = None
         self._reflectors: dict[tuple[str, str], Reflector] = {}
@@ -176,15 +181,20 @@ class Operator:
         if self._progress is not None:
             self._progress.clear()
         self._queue = WorkQueue(self._process)
+        self._report_queue = WorkQueue(self._write_report, concurrency=STATUSES_AT_ONCE)
         for job in self._cache.jobs():
             self._queue.wake(job.key)
 
     async def _stand_by(self) -> None:
         """End the work: another replica goes on with it."""
-        queue, self._queue = self._queue, None
-        if queue is not None:
+        queues = (self._queue, self._report_queue)
+        self._queue = self._report_queue = None
+        self._reports.clear()
+        for queue in queues:
+            if queue is not None:
+                await queue.close()
+        if queues[0] is not None:
             logger.info("this replica stands by")
-            await queue.close()
 
     def _follow(
         self, kind: str, path: str, *, label_selector: str = "", optional: bool = False
@@ -296,9 +306,7 @@ class Operator:
         progress = self._progress.find(key) if self._progress is not None else None
         error: BaseException | None = None
         try:
-            done = await reconcile(
-                self._cluster, key, self._settings, _now(), progress=progress, instance=self.config.pod_name
-            )
+            done = await reconcile(self._cluster, key, self._settings, _now(), progress=progress)
         except BaseException as caught:
             error = caught
             raise
@@ -307,13 +315,31 @@ class Operator:
                 self._metrics.reconciled(monotonic() - begun, error)
         if done.gone:
             self._forget(key)
-        if done.before is not None and done.after is not None:
-            self._echoes.written(key, begun)
-            self._metrics.observe(derive_observations(done.before, done.after))
+        if done.report is None:
+            self._reports.pop(key, None)
+        else:
+            self._reports[key] = done.report
+            if self._report_queue is not None:
+                self._report_queue.wake(key)
         return done.again_after
 
+    async def _write_report(self, key: Key) -> None:
+        """Write the newest report of a job, or have it made anew when it was derived from what is not so any more."""
+        report = self._reports.get(key)
+        if report is None or self._cluster is None:
+            return
+        begun = monotonic()
+        if await write_report(self._cluster, report, _now(), self.config.pod_name):
+            if self._cache.find_job(key) is not None:
+                self._echoes.written(key, begun)
+            self._metrics.observe(derive_observations(report.before, report.after))
+        else:
+            self._wake(key)
+        if self._reports.get(key) is report:
+            del self._reports[key]
+
     def _forget(self, key: Key) -> None:
-        """The job does not exist. Not done at its DELETED event: the round under way then may still note a write."""
+        """The job does not exist."""
         self._echoes.forget(key)
         if self._progress is not None:
             self._progress.forget(key)
@@ -322,7 +348,8 @@ class Operator:
 
     def problems(self) -> list[str]:
         """What shows that this process has frozen; empty while it works."""
-        stuck = self._queue.stuck() if self._queue is not None else []
+        queues = (self._queue, self._report_queue)
+        stuck = [each for queue in queues if queue is not None for each in queue.stuck()]
         deaf = {*self._echoes.overdue(), *(self._audit.overdue() if self._audit is not None else ())}
         return [
             *(f"reconcile of {namespace}/{name} does not end" for namespace, name in stuck),

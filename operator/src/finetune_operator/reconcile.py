@@ -1,4 +1,4 @@
-"""reconcile: observe, decide, apply, report; the one place where they meet.
+"""reconcile: observe, decide, apply; the one place where they meet. write_report says afterwards how it stands.
 
 Called by the work queue of handlers.py for one FineTuneJob at a time, whatever woke it: the job's own change, a child's
 event, a timer, a restart of the operator. What is observed comes from the cache that the watches keep, with our own
@@ -78,13 +78,24 @@ class Cluster:
 
 
 @dataclass(frozen=True)
+class Report:
+    """A status to write instead of `before`, derived from the spec of `generation`."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    before: FineTuneJobStatus
+    after: FineTuneJobStatus
+
+
+@dataclass(frozen=True)
 class Done:
-    """What a reconcile leaves behind: when to look again by itself (seconds, None: at the next event), whether it wrote
-    a status (`before` and `after` it), and whether the job does not exist."""
+    """What a reconcile leaves behind: when to look again by itself (seconds, None: at the next event), the status to
+    write if it differs, and whether the job does not exist."""
 
     again_after: float | None = None
-    before: FineTuneJobStatus | None = None
-    after: FineTuneJobStatus | None = None
+    report: Report | None = None
     gone: bool = False
 
 
@@ -95,7 +106,6 @@ async def reconcile(
     now: datetime,
     *,
     progress: Progress | None = None,
-    instance: str = "",
 ) -> Done:
     """Bring one FineTuneJob's children to what its spec asks for now, and its status to what is so.
 
@@ -106,19 +116,19 @@ async def reconcile(
     if cached is None or cached.deleting:
         return Done(gone=cached is None)
     if cached.job is None:
-        return await _refuse(cluster, cached, Reason.INVALID_SPEC, str(cached.error), now, instance)
+        return _refuse(cached, Reason.INVALID_SPEC, str(cached.error), now)
     job = cached.job
     if is_finished(job):
         return await _expire(cluster, job, now)
     refused = check_features(job, settings)
     if refused is not None and not job.spec.dry_run:
-        return await _refuse(cluster, cached, refused.reason, refused.message, now, instance)
+        return _refuse(cached, refused.reason, refused.message, now)
     try:
-        return await _advance(cluster, cached, job, settings, now, progress, instance)
+        return await _advance(cluster, cached, job, settings, now, progress)
     except InstanceTypeError as error:
-        return await _refuse(cluster, cached, Reason.UNKNOWN_INSTANCE_TYPE, str(error), now, instance)
+        return _refuse(cached, Reason.UNKNOWN_INSTANCE_TYPE, str(error), now)
     except ParallelismError as error:
-        return await _refuse(cluster, cached, Reason.INVALID_SPEC, str(error), now, instance)
+        return _refuse(cached, Reason.INVALID_SPEC, str(error), now)
 
 
 async def _advance(
@@ -128,7 +138,6 @@ async def _advance(
     settings: Settings,
     now: datetime,
     progress: Progress | None,
-    instance: str,
 ) -> Done:
     observed = await hear_silent(cluster.facts, job, await _observe(cluster, job), now)
     device = await find_device(cluster.facts, job, observed, settings, cluster.kueue_version())
@@ -146,7 +155,7 @@ async def _advance(
             cluster.facts, job, observed, pipeline, settings, device, cluster.kueue_version()
         )
         if not observed.attempts:
-            written = await _report(cluster, cached, planned_status(job, plan, findings, now), now, instance)
+            written = _report(cached, planned_status(job, plan, findings, now))
             return replace(written, again_after=RESYNC_SECONDS)
         pipeline = pipeline.held()
     reservation = await plan_queue(cluster.facts, job, observed, pipeline, settings, cluster.kueue_version(), now)
@@ -156,7 +165,7 @@ async def _advance(
     start = next((stage.start for stage in pipeline.stages if stage.is_new), None)
     if start is not None and problem is None:
         if findings.refused is not None and not observed.is_anything_live():
-            return await _refuse(cluster, cached, findings.refused.reason, findings.refused.message, now, instance)
+            return _refuse(cached, findings.refused.reason, findings.refused.message, now)
         jobs = planned_jobs(job, settings, planned_starts(job, settings, start.device_resource, pipeline))
         observed, problem = await check_surroundings(
             cluster.facts, job, observed, start, jobs, device, cluster.kueue_version()
@@ -168,8 +177,7 @@ async def _advance(
         findings = Findings(doubts=findings.doubts)  # whatever would be refused now was begun before, and may go on
     cost = derive_cost(pipeline.outcomes, find_instance(job, settings.instance_types), settings.currency)
     status = derive_status(job, observed, pipeline, now, problem=problem, findings=findings, plan=plan, cost=cost)
-    written = await _report(cluster, cached, status, now, instance)
-    return replace(written, again_after=_again_after(job, status, pipeline, desired, problem, now))
+    return replace(_report(cached, status), again_after=_again_after(job, status, pipeline, desired, problem, now))
 
 
 async def _observe(cluster: Cluster, job: FineTuneJob) -> Observed:
@@ -290,26 +298,36 @@ async def _expire(cluster: Cluster, job: FineTuneJob, now: datetime) -> Done:
     return Done()
 
 
-async def _refuse(
-    cluster: Cluster, cached: CachedJob, reason: Reason, message: str, now: datetime, instance: str
-) -> Done:
+def _refuse(cached: CachedJob, reason: Reason, message: str, now: datetime) -> Done:
     """Say what is wrong with the spec, once; nothing is tried again until the spec changes."""
     after = refused_status(cached.status, cached.generation, reason, message, now)
-    written = await _report(cluster, cached, after, now, instance)
     expiry = None
     if cached.job is not None and after.completion_time is not None:
         expiry = _expiry(cached.job, after.completion_time)
-    return replace(written, again_after=None if expiry is None else seconds_until(expiry, now))
+    return replace(_report(cached, after), again_after=None if expiry is None else seconds_until(expiry, now))
 
 
-async def _report(cluster: Cluster, cached: CachedJob, after: FineTuneJobStatus, now: datetime, instance: str) -> Done:
-    """One status write, if the status differs, and after it the events of what changed."""
-    before = cached.status
-    if before == after:
+def _report(cached: CachedJob, after: FineTuneJobStatus) -> Done:
+    """The status as what is left to be done, if it differs."""
+    if cached.status == after:
         return Done()
-    written = await apply.write_status(cluster.client, cached.namespace, cached.name, cached.uid, after)
-    cluster.cache.wrote_status(written, after)
-    regarding = {"namespace": cached.namespace, "name": cached.name, "uid": cached.uid}
+    return Done(report=Report(cached.namespace, cached.name, cached.uid, cached.generation, cached.status, after))
+
+
+async def write_report(cluster: Cluster, report: Report, now: datetime, instance: str) -> bool:
+    """The one status write, and after it the events of what changed.
+
+    False, and nothing written, when the job has another status or spec by now than the report was derived from: then
+    it has to be derived again. ClusterError as reconcile.
+    """
+    known = cluster.cache.find_job((report.namespace, report.name))
+    if known is None or (known.uid, known.generation) != (report.uid, report.generation):
+        return False
+    if known.status != report.before:
+        return False
+    written = await apply.write_status(cluster.client, report.namespace, report.name, report.uid, report.after)
+    cluster.cache.wrote_status(written, report.after)
+    regarding = {"namespace": report.namespace, "name": report.name, "uid": report.uid}
     results = await asyncio.gather(
         *(
             apply.post_event(
@@ -321,13 +339,13 @@ async def _report(cluster: Cluster, cached: CachedJob, after: FineTuneJobStatus,
                 now=now,
                 instance=instance,
             )
-            for event in derive_events(before, after)
+            for event in derive_events(report.before, report.after)
         ),
         return_exceptions=True,
     )
     for result in results:
         if isinstance(result, ClusterError):
-            logger.warning("%s/%s: event not posted: %s", cached.namespace, cached.name, result)
+            logger.warning("%s/%s: event not posted: %s", report.namespace, report.name, result)
         elif isinstance(result, BaseException):
             raise result
-    return Done(before=before, after=after)
+    return True

@@ -63,6 +63,20 @@ def refused_job(version: str = "1", **spec: Any) -> dict[str, Any]:
     return body
 
 
+async def look_and_tell(operator: Operator) -> None:
+    """One round, and the write of the status that it found."""
+    await operator._process(KEY)
+    await operator._write_report(KEY)
+
+
+def wakes_of(operator: Operator) -> list[Key]:
+    """Takes the place of the operator's queue; filled with the keys that are woken."""
+    woken: list[Key] = []
+    operator._queue = WorkQueue(lambda key: woken.append(key))  # type: ignore[arg-type,return-value]
+    operator._queue.wake = lambda key, after=0.0: woken.append(key)  # type: ignore[method-assign,misc]
+    return woken
+
+
 async def test_a_job_deleted_right_after_our_write_does_not_look_like_a_dead_watch(
     kmock: Server, client: Client
 ) -> None:
@@ -76,7 +90,7 @@ async def test_a_job_deleted_right_after_our_write_does_not_look_like_a_dead_wat
         return {}
 
     kmock[f"post {EVENTS}"] << deleted
-    await operator._process(KEY)
+    await look_and_tell(operator)
     await operator._process(KEY)
     clock.ahead += ECHO_SECONDS + 1
     assert operator.problems() == []
@@ -95,17 +109,41 @@ async def test_our_own_write_needs_no_answer_and_a_foreign_change_does(kmock: Se
     operator = connected(client)
     kmock[f"patch {JOB}/status"] << refused_job("2")
     kmock[f"post {EVENTS}"] << {}
-    await operator._process(KEY)
-    operator._lead()
-    assert operator._queue is not None
-    await operator._queue.close()
-    woken: list[Key] = []
-    operator._queue = WorkQueue(lambda key: woken.append(key))  # type: ignore[arg-type,return-value]
-    operator._queue.wake = lambda key, after=0.0: woken.append(key)  # type: ignore[method-assign,misc]
+    await look_and_tell(operator)
+    woken = wakes_of(operator)
     operator.job_changed("MODIFIED", refused_job("2"))
     assert woken == [], "the echo of our own status write"
     operator.job_changed("MODIFIED", refused_job("3"))
     assert woken == [KEY]
+
+
+async def test_a_status_that_was_overtaken_is_not_written_but_derived_anew(kmock: Server, client: Client) -> None:
+    operator = connected(client)
+    woken = wakes_of(operator)
+    await operator._process(KEY)
+    operator.job_changed("MODIFIED", refused_job("2", suspend=True) | {"status": {"phase": "Succeeded"}})
+    woken.clear()
+    await operator._write_report(KEY)
+    assert len(kmock) == 0, "nothing was written"
+    assert woken == [KEY]
+    assert operator._reports == {}
+
+
+async def test_only_the_newest_status_is_written_and_none_when_there_is_no_change_left(
+    kmock: Server, client: Client
+) -> None:
+    operator = connected(client)
+    kmock[f"patch {JOB}/status"] << refused_job("2")
+    kmock[f"post {EVENTS}"] << {}
+    await operator._process(KEY)
+    first = operator._reports[KEY]
+    await operator._process(KEY)
+    assert operator._reports[KEY] is not first
+    await operator._write_report(KEY)
+    await operator._write_report(KEY)
+    await operator._process(KEY)
+    assert operator._reports == {}
+    assert [request.method.value for request in kmock] == ["PATCH", "POST"]
 
 
 KUEUE = "/apis/kueue.x-k8s.io"
