@@ -253,7 +253,7 @@ def _immutable(name: str, *, always_there: bool) -> TransitionRule:
     return TransitionRule(
         field=f"spec.{name}",
         message=f"spec.{name} is immutable while the job runs: set spec.suspend to true first, then change it",
-        cel=f"oldSelf.spec.suspend || (has(oldSelf.status) && has(oldSelf.status.completionTime)) || ({same})",
+        cel=f"({same}) || oldSelf.spec.suspend || (has(oldSelf.status) && has(oldSelf.status.completionTime))",
     )
 
 

@@ -240,9 +240,7 @@ class PlanStatus(StatusModel):
     )
     stages: Annotated[
         tuple[PlannedStage, ...],
-        Field(
-            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
-        ),
+        Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "atomic"}),
     ] = Field(default=(), description="The stages that would run, in order.")
     estimate: PlanEstimate | None = Field(default=None, description="What the training will take, by arithmetic.")
     cost: PlanCost | None = Field(
@@ -302,9 +300,7 @@ class FineTuneJobStatus(StatusModel):
     )
     stages: Annotated[
         tuple[StageStatus, ...],
-        Field(
-            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
-        ),
+        Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "atomic"}),
     ] = Field(default=(), description="Every stage of the job in the order in which they run.")
     training: TrainingStatus | None = Field(default=None, description="How the training stands, as last reported.")
     evaluation: EvaluationStatus | None = Field(default=None, description="Losses on the held-out records.")
