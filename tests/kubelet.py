@@ -66,6 +66,38 @@ def report(namespace: str, pod: kube.Object, *, reused: bool = False) -> str:
     return contract.encode_report(done).decode()
 
 
+def bind(namespace: str, pod: kube.Object, node: str = "no-such-node") -> None:
+    """The scheduler's part: the pod is given a node. One that does not exist leaves the kubelet's part to the test."""
+    name = pod["metadata"]["name"]
+    binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": {"name": node}}
+    path = f"/api/v1/namespaces/{namespace}/pods/{name}/binding"
+    kube.kubectl("create", "--raw", path, "-f", "-", stdin=json.dumps(binding))
+
+
+def hold(namespace: str, pod: kube.Object, reason: str, message: str = "") -> None:
+    """The pod's container waits, for that reason."""
+    _patch(namespace, pod, "Pending", {"waiting": {"reason": reason, "message": message}})
+
+
+def warn(namespace: str, pod: kube.Object, reason: str, message: str) -> None:
+    """A warning event about the pod, as a kubelet posts it."""
+    about = {key: pod["metadata"][key] for key in ("name", "uid")}
+    event = {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"generateName": f"{about['name']}.", "namespace": namespace},
+        "involvedObject": {"apiVersion": "v1", "kind": "Pod", "namespace": namespace, **about},
+        "reason": reason,
+        "message": message,
+        "type": "Warning",
+        "source": {"component": "kubelet"},
+        "firstTimestamp": _now(),
+        "lastTimestamp": _now(),
+        "count": 1,
+    }
+    kube.kubectl("create", "-f", "-", stdin=json.dumps(event))
+
+
 def run(namespace: str, pod: kube.Object) -> None:
     """The pod's container runs."""
     _patch(namespace, pod, "Running", {"running": {"startedAt": _now()}})
