@@ -81,7 +81,7 @@ test-kueue: setup cluster-up images install ## Tests on the real Kueue: quotas, 
 
 .PHONY: test-leadership
 test-leadership: setup cluster-up ## Two replicas: the leader killed, stopped in order, frozen; seconds to the hand-over
-	@$(CLUSTER_ENV); $(PY) -m pytest tests/contract/test_leadership.py $(PYTEST_ARGS)
+	@$(CLUSTER_ENV); $(PY) -m pytest -s tests/contract/test_leadership.py $(PYTEST_ARGS)
 
 .PHONY: golden
 golden: setup helm ## Rewrite tests/golden; review the diff
