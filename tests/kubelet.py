@@ -117,6 +117,14 @@ def end(namespace: str, pod: kube.Object, code: int = 0, message: str | None = N
     _patch(namespace, pod, "Succeeded" if code == 0 else "Failed", {"terminated": terminated})
 
 
+def remove(namespace: str, *pods: kube.Object) -> None:
+    """What a kubelet does at last with pods that were deleted and whose containers have ended."""
+    names = [pod["metadata"]["name"] for pod in pods]
+    kube.kubectl(
+        "delete", "pod", *names, "-n", namespace, "--grace-period=0", "--force", "--wait=false", "--ignore-not-found"
+    )
+
+
 def failure(stage: str, code: contract.ExitCode, reason: str, message: str) -> str:
     """The termination message of a stage that failed."""
     return contract.encode_report(contract.Report(stage=stage, exit_code=code, reason=reason, message=message)).decode()

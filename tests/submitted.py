@@ -9,6 +9,8 @@ import kube
 import kubelet
 from builders import job_body
 
+from finetune_operator.api import constants
+
 
 def submit(namespace: str, name: str = "tiny", **spec: Any) -> None:
     body = job_body(name=name, **{"stages": kubelet.OVERRIDES, **spec})
@@ -19,6 +21,19 @@ def wait_for_job(
     namespace: str, until: Callable[[kube.Object], Any], *, reason: str, name: str = "tiny", deadline: float = 30
 ) -> kube.Object:
     return kube.wait_for("ftj", name, "-n", namespace, until=until, deadline=deadline, reason=reason)
+
+
+def events(namespace: str, reason: str, count: int) -> list[kube.Object]:
+    """The events of that reason about the namespace's job, oldest first: so many as soon as they are there, no more."""
+
+    def posted() -> list[kube.Object]:
+        found = kube.items("events.events.k8s.io", "-n", namespace, "--sort-by=.eventTime")
+        ours = [each for each in found if each["reason"] == reason and each["regarding"]["kind"] == constants.KIND]
+        return ours if len(ours) >= count else []
+
+    found: list[kube.Object] = kube.eventually(posted, deadline=10, reason=f"{count} events {reason}")
+    assert len(found) == count, found
+    return found
 
 
 def condition(job: kube.Object, kind: str) -> dict[str, Any]:

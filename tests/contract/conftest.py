@@ -15,6 +15,7 @@ from pathlib import Path
 
 import kube
 import operator_account
+import posts
 import pytest
 from operator_account import Account
 from operator_process import OperatorProcess, make_claim
@@ -92,6 +93,13 @@ def account(crd: None, tmp_path_factory: pytest.TempPathFactory, request: pytest
     with operator_account.made(tmp_path_factory.mktemp("account")) as account:
         request.config.stash[operator_account.ACCOUNT] = account
         yield account
+
+
+@pytest.fixture
+def endpoint(account: Account) -> Iterator[dict[str, str]]:
+    """The environment of an operator that serves the progress endpoint, at FINETUNE_PROGRESS_URL."""
+    with posts.endpoint(account) as environment:
+        yield environment
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import socket
 import ssl
 import urllib.error
 import urllib.request
@@ -15,55 +14,24 @@ import kubelet
 import pytest
 from operator_account import Account
 from operator_process import OperatorProcess, make_claim
+from posts import ca_file, write_token
 from submitted import stage, submit, wait_for_job
 
-from finetune_operator.api import constants
-from finetune_trainer import contract
 from finetune_trainer.progress import ProgressPoster
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+@pytest.fixture
+def url(endpoint: dict[str, str]) -> str:
+    return endpoint["FINETUNE_PROGRESS_URL"]
 
 
 @pytest.fixture
-def url() -> str:
-    return f"https://localhost:{free_port()}/v1/progress"
-
-
-@pytest.fixture
-def operator(namespace: str, account: Account, tmp_path: Path, url: str) -> Iterator[OperatorProcess]:
+def operator(namespace: str, account: Account, tmp_path: Path, endpoint: dict[str, str]) -> Iterator[OperatorProcess]:
     make_claim(namespace)
-    kube.kubectl("create", "secret", "generic", account.tls_secret, "-n", account.namespace)
-    process = OperatorProcess(
-        namespace,
-        tmp_path / "operator.log",
-        **account.environment,
-        FINETUNE_TLS_SECRET=account.tls_secret,
-        FINETUNE_PROGRESS_URL=url,
-        FINETUNE_PROGRESS_PORT=url.split(":")[2].split("/")[0],
-    )
+    process = OperatorProcess(namespace, tmp_path / "operator.log", **account.environment, **endpoint)
     process.start()
     yield process
-    kube.kubectl("delete", "secret", account.tls_secret, "-n", account.namespace)
     process.stop()
-
-
-def write_token(namespace: str, pod: kube.Object, path: Path, audience: str = contract.PROGRESS_AUDIENCE) -> str:
-    """A token as the kubelet would mount it into the pod."""
-    name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
-    bound = [f"--bound-object-{key}={value}" for key, value in (("kind", "Pod"), ("name", name), ("uid", uid))]
-    path.write_text(kube.kubectl("create", "token", "default", "-n", namespace, f"--audience={audience}", *bound))
-    return str(path)
-
-
-def ca_file(pod: kube.Object, folder: Path) -> str:
-    path = folder / "ca.crt"
-    path.write_text(pod["metadata"]["annotations"][constants.ANNOTATION_PROGRESS_CA])
-    return str(path)
 
 
 def test_what_a_training_posts_is_seen_in_the_status(
