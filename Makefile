@@ -19,8 +19,6 @@ BIN := .venv/bin
 PY := $(BIN)/python
 CLUSTER_PY := python3 hack/cluster/cluster.py
 CLUSTER_ENV := if [ "$(CLUSTER)" = local ]; then eval "$$($(CLUSTER_PY) env)"; fi
-# Tests with a target of their own: Kueue takes 5 minutes to build.
-APART := --ignore=tests/contract/test_kueue.py --ignore=tests/e2e/test_kueue.py
 # Sets TRAINER_IMAGE and OPERATOR_IMAGE for the tests that start pods.
 IMAGE_ENV = mkdir -p build; $(IMAGES) env > build/images.env; set -a; . build/images.env; set +a
 IMAGES := $(PY) hack/images.py --cluster $(CLUSTER) --prefix $(IMAGE_PREFIX)
@@ -43,7 +41,7 @@ demo: setup cluster-up images install ## Fine-tune a small model on a real clust
 .PHONY: test
 test: setup lint type unit chart cluster-up images install ## Everything: lint, types, unit, chart, contract and end-to-end tests
 	@$(CLUSTER_ENV); $(IMAGE_ENV); \
-	  $(PY) -m pytest tests/contract tests/e2e tests/rights $(APART) $(PYTEST_ARGS)
+	  $(PY) -m pytest tests/contract tests/e2e tests/rights $(PYTEST_ARGS)
 
 .PHONY: unit
 unit: setup ## Unit tests; no cluster, no root
@@ -68,15 +66,15 @@ chart: setup helm ## Chart tests on helm's own rendering
 
 .PHONY: contract
 contract: setup cluster-up ## Contract tests on a real API server, controller-manager and scheduler
-	@$(CLUSTER_ENV); $(PY) -m pytest tests/contract tests/rights $(APART) $(PYTEST_ARGS)
+	@$(CLUSTER_ENV); $(PY) -m pytest tests/contract tests/rights $(PYTEST_ARGS)
 
 .PHONY: e2e
 e2e: setup cluster-up images install ## End-to-end tests: the installed chart, real images, faults injected
 	@$(CLUSTER_ENV); $(IMAGE_ENV); \
-	  $(PY) -m pytest tests/e2e tests/rights $(APART) $(PYTEST_ARGS)
+	  $(PY) -m pytest tests/e2e tests/rights $(PYTEST_ARGS)
 
 .PHONY: test-kueue
-test-kueue: setup cluster-up images install ## Tests on the real Kueue: quotas, admission stage by stage, preemption
+test-kueue: setup cluster-up images install ## Only the tests on the real Kueue: quotas, admission stage by stage, preemption
 	@$(CLUSTER_ENV); $(IMAGE_ENV); $(PY) -m pytest tests/contract/test_kueue.py tests/e2e/test_kueue.py tests/rights $(PYTEST_ARGS)
 
 .PHONY: test-leadership

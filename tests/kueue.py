@@ -1,6 +1,7 @@
 """Kueue for contract and end-to-end tests: brought up, given a team's queue as HyperPod's task governance names it.
 
-On the local cluster the real Kueue is started and removed by its command line; on an existing one it has to be there.
+On the local cluster the real Kueue is started and removed by its command line, once for all tests of a session; on an
+existing one it has to be there.
 Queues, flavors and the priority classes that were missing are removed afterwards.
 """
 
@@ -41,30 +42,34 @@ def _command(action: str) -> None:
     assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}"
 
 
-def start() -> None:
-    """Kueue runs; a Job with a queue's label waits for it."""
-    if LOCAL:
-        _command("up")
-    elif not is_installed():
-        pytest.skip("the cluster has no Kueue")
+class Switch:
+    """Turns Kueue on and off for the tests of a session, which share it: a test may find it either way."""
 
+    def __init__(self) -> None:
+        self._found = self._is_on = is_installed()
 
-def stop() -> None:
-    """No Kueue: its kinds and webhooks are gone."""
-    if LOCAL:
+    def on(self) -> None:
+        """Kueue runs; a Job with a queue's label waits for it."""
+        if not LOCAL:
+            if not self._is_on:
+                pytest.skip("the cluster has no Kueue")
+        elif not self._is_on:
+            _command("up")
+            self._is_on = True
+
+    def off(self) -> None:
+        """No Kueue: its kinds and webhooks are gone."""
+        if not self._is_on:
+            return
+        if not LOCAL:
+            pytest.skip("the cluster has a Kueue, which is not ours to remove")
         _command("down")
-    elif is_installed():
-        pytest.skip("the cluster has a Kueue, which is not ours to remove")
+        self._is_on = False
 
-
-@contextmanager
-def running() -> Iterator[None]:
-    start()
-    try:
-        yield
-    finally:
-        if LOCAL:
-            stop()
+    def restore(self) -> None:
+        """As it was when the session began."""
+        if LOCAL and self._is_on != self._found:
+            self.on() if self._found else self.off()
 
 
 @dataclass(frozen=True)

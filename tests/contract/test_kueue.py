@@ -22,7 +22,7 @@ from submitted import condition, has_phase, stage, submit, wait_for_job
 from finetune_operator.api import constants
 from finetune_trainer import contract
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)  # the first start of a machine builds Kueue
 
 HALF = {
     name: {"nodeSelector": NOWHERE, "resources": {"requests": {"cpu": "500m", "memory": "64Mi"}}} for name in STAGES
@@ -39,12 +39,6 @@ def namespace(crd: None) -> Iterator[str]:
     kube.kubectl("create", "namespace", name)
     yield name
     kube.kubectl("delete", "namespace", name, "--wait=false")
-
-
-@pytest.fixture(scope="module")
-def with_kueue(crd: None) -> Iterator[None]:
-    with kueue.running():
-        yield
 
 
 @pytest.fixture
@@ -96,6 +90,10 @@ def is_admitted(job: kube.Object) -> bool:
     return quota(job).get("status") == "True" and job["status"]["phase"] != "Queued"
 
 
+def has_artifact(stage_name: str) -> Any:
+    return lambda job: stage(job, stage_name).get("state") == "Succeeded"
+
+
 def preempted(job: kube.Object) -> list[dict[str, Any]]:
     return [each for each in job.get("status", {}).get("attempts", []) if each["reason"] == "Preempted"]
 
@@ -116,23 +114,22 @@ def set_suspend(namespace: str, value: bool) -> None:
     kube.kubectl("patch", "ftj", "tiny", "-n", namespace, "--type=merge", "-p", patch)
 
 
-@pytest.mark.timeout(1200)  # the first start of a machine builds Kueue
 def test_without_kueue_a_queued_job_waits_and_goes_on_when_kueue_comes(
-    namespace: str, operator: OperatorProcess, request: pytest.FixtureRequest
+    namespace: str, operator: OperatorProcess, kueue_switch: kueue.Switch
 ) -> None:
     """First in this file: the others bring Kueue up."""
-    kueue.stop()
+    kueue_switch.off()
     team = namespace.removeprefix("hyperpod-ns-")
     submit(namespace, queue=TeamQueue(namespace, team).spec(), stages=HALF)
     job = wait_for_job(namespace, is_queued, reason="the job to wait")
     assert (job["status"]["reason"], quota(job)["reason"]) == ("QueueUnavailable", "QueueUnavailable")
     assert "Install Kueue, or remove spec.queue" in job["status"]["message"]
     assert k8s_job(namespace, "prepare")["spec"]["suspend"]
-    request.getfixturevalue("with_kueue")
+    kueue_switch.on()
     with kueue.team_queue(namespace, cpu="1", team=team):
         wait_for_job(namespace, is_admitted, reason="the new Kueue to admit the job", deadline=90)
-        kubelet.walk(namespace, *STAGES)
-        wait_for_job(namespace, has_phase("Succeeded"), reason="the job to succeed")
+        kubelet.walk(namespace, "prepare")
+        wait_for_job(namespace, has_artifact("prepare"), reason="prepare to succeed")
 
 
 def test_a_stage_waits_for_quota_in_kueues_words_and_is_started_by_kueue_alone(
@@ -239,8 +236,9 @@ def test_a_preemption_while_no_operator_looks_is_told_afterwards(
     queue.remove_rival("rival")
     wait_until_admitted_again(queue, k8s_job(namespace, "train"))
     operator.start()
-    kubelet.walk(namespace, *STAGES[1:])
-    job = wait_for_job(namespace, has_phase("Succeeded"), reason="the job to succeed")
+    kubelet.walk(namespace, "train")
+    wait_for_job(namespace, has_artifact("train"), reason="the training to succeed")
+    job = wait_for_job(namespace, preempted, reason="the preemption to be told")
     assert [each["stage"] for each in preempted(job)] == ["train"]
 
 
@@ -280,8 +278,8 @@ def test_a_pod_that_ends_of_the_preemption_does_not_end_the_attempt(
         deadline=30,
         reason="the stopped pods to go",
     )
-    kubelet.walk(namespace, *STAGES[1:])
-    job = wait_for_job(namespace, has_phase("Succeeded"), reason="the job to succeed")
+    kubelet.walk(namespace, "train")
+    job = wait_for_job(namespace, has_artifact("train"), reason="the training to succeed")
     assert [(each["reason"], each["attempt"]) for each in job["status"]["attempts"]] == [("Preempted", 1)]
     assert stage(job, "train")["attempt"] == 1
 
@@ -316,8 +314,8 @@ def test_a_queue_that_is_drained_stops_the_stage_and_lets_it_go_on_later(
     wait_for_no_pods(namespace, "prepare")
     queue.patch({"stopPolicy": "None"})
     wait_for_job(namespace, is_admitted, reason="the job to be admitted again", deadline=60)
-    kubelet.walk(namespace, *STAGES)
-    wait_for_job(namespace, has_phase("Succeeded"), reason="the job to succeed")
+    kubelet.walk(namespace, "prepare")
+    wait_for_job(namespace, has_artifact("prepare"), reason="prepare to succeed")
 
 
 def test_suspension_and_deletion_give_the_quota_back(
@@ -383,7 +381,13 @@ def test_a_whole_pipeline_holds_its_quota_from_the_first_stage_to_the_last(
     submit(namespace, name="second", queue=placed.spec(policy="wholePipeline"), stages=HALF)
     wait_for_job(namespace, is_queued, reason="the second job to wait", name="second")
     for name in STAGES:
-        for pod in kubelet.pods(namespace, name, 1, 2 if name == "train" else 1):
+        pods = kubelet.pods(namespace, name, 1, 2 if name == "train" else 1)
+        if name == "train":
+            operator.restart()
+            for pod in pods:
+                kubelet.run(namespace, pod)
+            wait_for_job(namespace, lambda job: stage(job, "train")["state"] == "Running", reason="the training to run")
+        for pod in pods:
             assert placed.used() == TRAINING
             assert placed.node_labels.items() <= pod["spec"]["nodeSelector"].items()
             assert kueue.QUEUE_LABEL not in pod["metadata"]["labels"]
@@ -391,7 +395,8 @@ def test_a_whole_pipeline_holds_its_quota_from_the_first_stage_to_the_last(
         wait_for_job(namespace, lambda job, name=name: stage(job, name)["state"] == "Succeeded", reason=name)
         if name != STAGES[-1]:
             assert is_queued(kube.get("ftj", "second", "-n", namespace))
-    wait_for_job(namespace, has_phase("Succeeded"), reason="the job to succeed")
+    job = wait_for_job(namespace, has_phase("Succeeded"), reason="the job to succeed")
+    assert job["status"]["restarts"] == 0, "an operator that starts must not take a running stage for preempted"
     wait_for_job(namespace, is_admitted, reason="the second job to get the quota", name="second")
     (reservation,) = reservations(placed)
     assert reservation["metadata"]["ownerReferences"][0]["name"] == "second"
@@ -415,7 +420,7 @@ def test_a_whole_pipeline_that_is_preempted_waits_again_and_goes_on(
     assert (attempt["stage"], attempt["counted"]) == ("train", False)
     (after,) = reservations(placed)
     assert after["metadata"]["name"] != before["metadata"]["name"]
-    assert kube.items("pods", "-n", namespace, "-l", constants.LABEL_JOB_UID) == []
+    wait_for_no_pods(namespace, "train")
 
     placed.remove_rival("rival")
     wait_for_job(namespace, is_admitted, reason="the job to be admitted again", deadline=60)

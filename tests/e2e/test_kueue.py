@@ -23,13 +23,7 @@ STEPS = 3000
 EVERY = 1000
 """Steps between two checkpoints: far apart, so that the one of the preemption is told from those of the schedule."""
 HALF = {"resources": {"requests": {"cpu": "500m", "memory": "512Mi"}, "limits": {"memory": "3Gi"}}}
-STAGES = ["prepare", "train", "consolidate", "merge", "evaluate"]
-
-
-@pytest.fixture(scope="module")
-def with_kueue() -> Iterator[None]:
-    with kueue.running():
-        yield
+STAGES = ["prepare", "train", "consolidate"]
 
 
 @pytest.fixture
@@ -40,10 +34,19 @@ def queue(with_kueue: None, team: Team) -> Iterator[TeamQueue]:
 
 
 def queued_job(team: Team, name: str, **spec: Any) -> dict[str, Any]:
-    """A job that trains long enough to be preempted, of stages that ask for half a CPU a pod."""
+    """A job that trains long enough to be preempted and ends with its adapter; its pods ask for half a CPU each."""
     training = {**TRAINING, "maxSteps": STEPS, "checkpointEverySteps": EVERY, "logEverySteps": 1}
-    stages = dict.fromkeys(STAGES, HALF)
-    return tiny_job(team, name, training=training, stages=stages, retryPolicy={"maxRetries": 0}, **spec)
+    off = {"enabled": False}
+    return tiny_job(
+        team,
+        name,
+        training=training,
+        stages=dict.fromkeys(STAGES, HALF),
+        merge=off,
+        evaluate=off,
+        retryPolicy={"maxRetries": 0},
+        **spec,
+    )
 
 
 def start_rival(team: Team, queue: TeamQueue) -> None:
