@@ -1,4 +1,4 @@
-"""What stages read cannot change under a running job, only under one that is suspended or has ended."""
+"""What stages read cannot change under a running job, only under one that is suspended, planned, or has ended."""
 
 from __future__ import annotations
 
@@ -77,6 +77,16 @@ def test_a_finished_job_takes_a_change(namespace: str) -> None:
     ended = {"status": {"phase": "Failed", "completionTime": "2026-01-02T03:04:05Z"}}
     assert "patched" in patch(namespace, ended, "--subresource=status")
     assert "patched" in patch(namespace, {"spec": {"training": {"maxSteps": 80}}})
+
+
+def test_a_job_that_is_only_planned_takes_a_change_and_one_that_runs_meanwhile_does_not(namespace: str) -> None:
+    create(namespace, dryRun=True)
+    assert "spec.training is immutable" in patch(namespace, {"spec": {"training": {"maxSteps": 80}}}), "no plan yet"
+    plan = {"worldSize": 2, "dataParallelSize": 2, "globalBatchSize": 2}
+    assert "patched" in patch(namespace, {"status": {"plan": plan}}, "--subresource=status")
+    assert "patched" in patch(namespace, {"spec": {"training": {"maxSteps": 80}}})
+    assert "patched" in patch(namespace, {"status": {"startTime": "2026-01-02T03:04:05Z"}}, "--subresource=status")
+    assert "spec.training is immutable" in patch(namespace, {"spec": {"training": {"maxSteps": 90}}})
 
 
 def test_writing_labels_and_status_of_a_running_job_is_free(namespace: str) -> None:

@@ -172,6 +172,13 @@ def test_what_cannot_run_is_refused_with_the_numbers_before_any_pod(
     job = wait_for_job(namespace, has_reason("DryRun"), reason="the plan of a job that is wrong", name="planned")
     assert "It would be refused (InvalidSpec): spec.parallelism.tensorParallelSize: " in job["status"]["message"]
     assert condition(job, "Validated")["reason"] == "InvalidSpec"
+    patch_spec(namespace, "planned", parallelism={"tensorParallelSize": 8})
+    wait_for_job(
+        namespace,
+        lambda job: condition(job, "Validated")["status"] == "True",
+        reason="the plan of the job that was put right",
+        name="planned",
+    )
     assert jobs(namespace) == []
 
 
@@ -223,7 +230,7 @@ def test_a_doubt_about_memory_is_shown_and_stops_nothing(namespace: str, operato
     assert "lower training.microBatchSize or dataset.maxLength" in found["message"]
 
 
-def test_claim_secret_and_quota_are_waited_for_with_what_to_do(namespace: str, operator: OperatorProcess) -> None:
+def test_claim_key_and_quota_are_looked_at_before_any_pod(namespace: str, operator: OperatorProcess) -> None:
     lone = claim_manifest(namespace, "lone")
     lone["spec"]["accessModes"] = ["ReadWriteOnce"]
     kube.apply(lone)
@@ -234,12 +241,13 @@ def test_claim_secret_and_quota_are_waited_for_with_what_to_do(namespace: str, o
     kube.kubectl("delete", "ftj", "shared", "-n", namespace)
 
     kube.kubectl("create", "secret", "generic", "hub", "-n", namespace, "--from-literal=other=x")
-    make_quota(namespace, cpu="700m")
-    submit(namespace, model={"source": "hf://org/gated", "tokenSecretRef": {"name": "hub", "key": "token"}})
-    job = wait_for_job(namespace, has_reason("SecretMissing"), reason="the missing key")
+    submit(namespace, "gated", model={"source": "hf://org/gated", "tokenSecretRef": {"name": "hub", "key": "token"}})
+    job = wait_for_job(namespace, has_reason("SecretMissing"), reason="the missing key", name="gated")
     assert f"Secret hub in namespace {namespace} has no key token: add it" in job["status"]["message"]
-    kube.kubectl("patch", "secret", "hub", "-n", namespace, "-p", json.dumps({"stringData": {"token": "t"}}))
+    kube.kubectl("delete", "ftj", "gated", "-n", namespace)
 
+    make_quota(namespace, cpu="700m")
+    submit(namespace)
     job = wait_for_job(namespace, has_reason("QuotaExceedsMax"), reason="a quota that is too small for train")
     assert "Stage train asks for cpu 1 in 2 pods, and ResourceQuota team" in job["status"]["message"]
     assert "allows 0.7 in all" in job["status"]["message"]

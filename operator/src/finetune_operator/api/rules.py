@@ -247,13 +247,17 @@ MUTABLE_FIELDS = frozenset({"suspend", "retryPolicy", "activeDeadlineSeconds", "
 
 
 def _immutable(name: str, *, always_there: bool) -> TransitionRule:
-    """The field keeps its value unless the job was suspended before the update, or has ended."""
+    """The field keeps its value unless the job was suspended before the update, has ended, or was only planned.
+
+    A dry run has a plan in its status, and a start time as long as a stage runs all the same.
+    """
     new, old = f"self.spec.{name}", f"oldSelf.spec.{name}"
     same = f"{new} == {old}" if always_there else f"has({new}) == has({old}) && (!has({new}) || {new} == {old})"
     return TransitionRule(
         field=f"spec.{name}",
         message=f"spec.{name} is immutable while the job runs: set spec.suspend to true first, then change it",
-        cel=f"({same}) || oldSelf.spec.suspend || (has(oldSelf.status) && has(oldSelf.status.completionTime))",
+        cel=f"({same}) || oldSelf.spec.suspend || (has(oldSelf.status) && (has(oldSelf.status.completionTime) || "
+        "(has(oldSelf.status.plan) && !has(oldSelf.status.startTime))))",
     )
 
 
