@@ -84,6 +84,7 @@ def test_the_result_compares_medians_of_both_arms_and_adds_all_errors() -> None:
         "rate_to_floor": 0.5,
         "requests_to_floor": 1.2,
         "handoff_p95_to_floor": 6.0,
+        "handoff_p95_from_container_end_to_floor": 1.0,
         "handoff_p95_light_s": 0.25,
         "memory_mb": 120.0,
         "cpu_s_per_job": 0.5,
