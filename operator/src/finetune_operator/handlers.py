@@ -45,6 +45,9 @@ LAZY_SECONDS = 1.0
 STATUSES_AT_ONCE = 2
 """Status writes under way at a time. They are the dearest requests there are (some 25 ms of the API server's processor
 each), and nothing waits for them: what a stage's end sets going comes first, and a job's newest status is enough."""
+STATUS_SECONDS = 0.2
+"""A status waits for so long: stages of other jobs that end at the same moment are followed first, and what comes right
+after one another is one write."""
 KUEUE_LOOK_SECONDS = 10.0
 """How often it is looked whether Kueue has come or gone."""
 FIRST_LOOK_SECONDS = 1.0
@@ -320,7 +323,7 @@ class Operator:
         else:
             self._reports[key] = done.report
             if self._report_queue is not None:
-                self._report_queue.wake(key)
+                self._report_queue.wake(key, STATUS_SECONDS)
         return done.again_after
 
     async def _write_report(self, key: Key) -> None:
