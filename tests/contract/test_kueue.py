@@ -380,6 +380,7 @@ def test_a_whole_pipeline_holds_its_quota_from_the_first_stage_to_the_last(
     wait_for_job(namespace, is_admitted, reason="the first job's admission")
     submit(namespace, name="second", queue=placed.spec(policy="wholePipeline"), stages=HALF)
     wait_for_job(namespace, is_queued, reason="the second job to wait", name="second")
+    placed.wait_until_used(TRAINING)  # the ClusterQueue's own figures come a moment after the admission
     for name in STAGES:
         pods = kubelet.pods(namespace, name, 1, 2 if name == "train" else 1)
         if name == "train":
