@@ -90,6 +90,31 @@ def stage(job: dict[str, Any], name: str) -> dict[str, Any]:
     return next((s for s in job.get("status", {}).get("stages", []) if s["name"] == name), {})
 
 
+def training_pods(team: Team, name: str) -> list[dict[str, Any]]:
+    """The training pods of a FineTuneJob that are there, of whatever attempt, by rank within it."""
+    labels = f"finetune-operator.io/job-name={name},finetune-operator.io/stage=train"
+    found = kube.items("pods", "-n", team.namespace, "-l", labels)
+    return sorted(
+        found, key=lambda pod: int(pod["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"])
+    )
+
+
+def training_metrics(team: Team, name: str, attempt: int) -> dict[str, Any]:
+    """What an attempt of train that came to a good end has reported of itself."""
+    labels = "finetune-operator.io/stage=train", f"finetune-operator.io/attempt={attempt}"
+    selector = ",".join((f"finetune-operator.io/job-name={name}", *labels))
+    [k8s_job] = kube.items("jobs", "-n", team.namespace, "-l", selector)
+    report = json.loads(k8s_job["metadata"]["annotations"]["finetune-operator.io/report"])
+    return report["metrics"]  # type: ignore[no-any-return]
+
+
+def logged_steps(team: Team, job: dict[str, Any]) -> list[int]:
+    """The steps in train's log, which has a line for each that was kept."""
+    path = stage(job, "train")["artifact"]["path"] + "/training.jsonl"
+    lines = team.toolbox(f"print(open('/workspace/{path}').read())").splitlines()
+    return [json.loads(line)["step"] for line in lines if line]
+
+
 RECORDS = [
     {"instruction": f"What is the number after {i}?", "context": "", "response": f"It is {i + 1}.", "category": "qa"}
     for i in range(40)

@@ -8,7 +8,20 @@ from typing import Any
 
 import kube
 import pytest
-from team import TRAINING, Team, condition, failed, make_sources, records_text, stage, succeeded, tiny_job
+from team import (
+    TRAINING,
+    Team,
+    condition,
+    failed,
+    logged_steps,
+    make_sources,
+    records_text,
+    stage,
+    succeeded,
+    tiny_job,
+    training_metrics,
+    training_pods,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -19,19 +32,9 @@ def stage_names(jobs: list[dict[str, Any]]) -> Counter[str]:
     return Counter(job["metadata"]["labels"]["finetune-operator.io/stage"] for job in jobs)
 
 
-def training_pods(team: Team, name: str) -> list[dict[str, Any]]:
-    labels = f"finetune-operator.io/job-name={name},finetune-operator.io/stage=train"
-    return kube.items("pods", "-n", team.namespace, "-l", labels)
-
-
 def operator_restarts(namespace: str) -> int:
     pods = kube.items("pods", "-n", namespace, "-l", "app.kubernetes.io/name=finetune-operator")
     return sum(status["restartCount"] for pod in pods for status in pod["status"].get("containerStatuses", []))
-
-
-def loss_log(team: Team, job: dict[str, Any]) -> list[dict[str, Any]]:
-    path = stage(job, "train")["artifact"]["path"] + "/training.jsonl"
-    return [json.loads(line) for line in team.toolbox(f"print(open('/workspace/{path}').read())").splitlines() if line]
 
 
 def test_a_killed_training_pod_costs_the_steps_since_the_last_checkpoint(team: Team) -> None:
@@ -46,27 +49,17 @@ def test_a_killed_training_pod_costs_the_steps_since_the_last_checkpoint(team: T
         return bool(checkpoint.get("step", 0) >= every)
 
     team.wait("killed", has_checkpoint, 240, "a first checkpoint", unless=failed)
-    [victim] = [
-        pod
-        for pod in training_pods(team, "killed")
-        if pod["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"] == "1"
-    ]
+    [_, victim] = training_pods(team, "killed")
     kube.kubectl("delete", "pod", "-n", team.namespace, victim["metadata"]["name"], "--grace-period=0", "--force")
 
     job = team.wait("killed", succeeded, 360, "the job to succeed after its pod was killed", unless=failed)
     assert stage(job, "train")["attempt"] == 2
     assert job["status"]["restarts"] == 1
     assert stage_names(team.k8s_jobs("killed")) == {**dict.fromkeys(STAGES, 1), "train": 2}
-    log = loss_log(team, job)
-    assert [entry["step"] for entry in log] == list(range(1, steps + 1)), "every step is logged once"
-    [second] = [
-        k8s_job
-        for k8s_job in team.k8s_jobs("killed")
-        if k8s_job["metadata"]["labels"]["finetune-operator.io/stage"] == "train"
-        and k8s_job["metadata"]["labels"]["finetune-operator.io/attempt"] == "2"
-    ]
-    report = json.loads(second["metadata"]["annotations"]["finetune-operator.io/report"])
-    assert report["metrics"]["resumedFromStep"] >= every, "the second attempt went on, it did not begin again"
+    assert logged_steps(team, job) == list(range(1, steps + 1)), "every step is logged once"
+    assert training_metrics(team, "killed", 2)["resumedFromStep"] >= every, (
+        "the second attempt went on, it did not begin again"
+    )
 
 
 def test_the_operator_killed_in_every_stage_loses_nothing_and_starts_nothing_twice(
