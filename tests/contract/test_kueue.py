@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import kube
 import kubelet
 import kueue
 import pytest
+import worker_nodes
 from kubelet import NOWHERE, STAGES
 from kueue import TeamQueue
+from operator_account import Account
 from operator_process import OperatorProcess
 from submitted import condition, has_phase, stage, submit, wait_for_job
 
 from finetune_operator.api import constants
+from finetune_operator.core.nodes import LABEL_INSTANCE_TYPE
 from finetune_trainer import contract
 
 pytestmark = pytest.mark.timeout(1200)  # the first start of a machine builds Kueue
@@ -442,3 +446,39 @@ def test_a_whole_pipeline_that_is_suspended_gives_its_quota_back(
     assert reservations(placed) == []
     set_suspend(namespace, False)
     placed.wait_until_used(TRAINING)
+
+
+def test_devices_that_nodes_and_queue_name_differently_are_told_with_both_names(
+    namespace: str, account: Account, queue: TeamQueue, tmp_path: Path
+) -> None:
+    kind, offered, covered = "ml.trn1.32xlarge", "aws.amazon.com/neurondevice", "aws.amazon.com/neuron"
+
+    def cover(device: str) -> None:
+        quota = [
+            {"name": name, "nominalQuota": most} for name, most in (("cpu", "1k"), ("memory", "8Ti"), (device, "64"))
+        ]
+        flavor = {"name": queue.flavor, "resources": quota}
+        queue.patch({"resourceGroups": [{"coveredResources": ["cpu", "memory", device], "flavors": [flavor]}]})
+
+    cover(covered)
+    process = OperatorProcess(
+        namespace, tmp_path / "operator.log", **account.environment, FINETUNE_FEATURE_GATES="Neuron=true"
+    )
+    process.start()
+    try:
+        with worker_nodes.made(namespace, 1, labels={LABEL_INSTANCE_TYPE: kind}, room={offered: "16"}):
+            submit(namespace, queue=queue.spec(), accelerator={"type": "neuron", "instanceType": kind, "nodes": 1})
+            job = wait_for_job(
+                namespace,
+                lambda job: job.get("status", {}).get("reason") == "NeuronResourceNameMismatch",
+                reason="the two names",
+            )
+            told = job["status"]["message"]
+            assert (
+                f"Nodes of type {kind} offer {offered}, but ClusterQueue {queue.cluster_queue} covers {covered}" in told
+            )
+            assert k8s_jobs(namespace) == []
+            cover(offered)
+            k8s_job(namespace, "prepare")
+    finally:
+        process.stop()
