@@ -63,16 +63,20 @@ class Seen:
 
 
 class Watch:
-    """`kubectl get <arguments> --watch`; each object goes into `queue` as a Seen under the watch's name.
+    """`kubectl get KIND [NAME] <arguments> --watch`; each object goes into `queue` as a Seen under the watch's name.
 
-    The API server ends a watch after an hour at most: the last Seen has no value then, and the caller starts another.
+    A named object is watched by its name as a field: for `kubectl get KIND NAME --watch` kubectl looks first and begins
+    to watch later, and what changes in between is lost. The API server ends a watch after an hour at most: the last
+    Seen has no value then, and the caller starts another.
     """
 
-    def __init__(self, name: str, queue: SimpleQueue[Seen], *arguments: str) -> None:
+    def __init__(self, name: str, queue: SimpleQueue[Seen], kind: str, *arguments: str) -> None:
         self.name = name
         self._queue = queue
+        if arguments and not arguments[0].startswith("-"):
+            arguments = (f"--field-selector=metadata.name={arguments[0]}", *arguments[1:])
         self._process = subprocess.Popen(
-            ["kubectl", "get", *arguments, "--watch", "-o", "json"],
+            ["kubectl", "get", kind, *arguments, "--watch", "-o", "json"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
