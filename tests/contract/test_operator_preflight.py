@@ -231,6 +231,7 @@ def test_a_doubt_about_memory_is_shown_and_stops_nothing(namespace: str, operato
 
 
 def test_claim_key_and_quota_are_looked_at_before_any_pod(namespace: str, operator: OperatorProcess) -> None:
+    make_quota(namespace, cpu="700m")  # before the operator looks for the first time: it believes a list for 5 seconds
     lone = claim_manifest(namespace, "lone")
     lone["spec"]["accessModes"] = ["ReadWriteOnce"]
     kube.apply(lone)
@@ -246,7 +247,6 @@ def test_claim_key_and_quota_are_looked_at_before_any_pod(namespace: str, operat
     assert f"Secret hub in namespace {namespace} has no key token: add it" in job["status"]["message"]
     kube.kubectl("delete", "ftj", "gated", "-n", namespace)
 
-    make_quota(namespace, cpu="700m")
     submit(namespace)
     job = wait_for_job(namespace, has_reason("QuotaExceedsMax"), reason="a quota that is too small for train")
     assert "Stage train asks for cpu 1 in 2 pods, and ResourceQuota team" in job["status"]["message"]
