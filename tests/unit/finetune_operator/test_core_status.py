@@ -65,6 +65,7 @@ def test_a_missing_claim_is_a_waiting_condition_and_no_failure() -> None:
     problem = Waiting(Reason.CLAIM_MISSING, "PersistentVolumeClaim workspace does not exist.")
     status = derive_status(job, observed, pipeline, START, problem=problem)
     assert conditions(status)["StorageReady"] == ("False", "ClaimMissing")
+    assert conditions(status)["DataPrepared"] == ("Unknown", "ClaimMissing")
     assert (status.phase, status.reason) == ("Pending", "ClaimMissing")
     assert status.start_time is None
     assert (status.stages[0].state, status.stages[0].attempt) == ("Waiting", 0)

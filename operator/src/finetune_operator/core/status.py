@@ -215,7 +215,10 @@ def _conditions(
     if pipeline.queue is not None:
         rows[ConditionType.QUOTA_RESERVED] = (pipeline.queue.status, pipeline.queue.reason, pipeline.queue.message)
     for stage in pipeline.stages:
-        rows[STAGE_CONDITIONS[stage.name]] = _stage_condition(stage)
+        row = _stage_condition(stage)
+        if problem is not None and stage is pipeline.current and stage.is_new:
+            row = ("Unknown", problem.reason, problem.message)
+        rows[STAGE_CONDITIONS[stage.name]] = row
     return rows
 
 
