@@ -45,7 +45,7 @@ LAZY_SECONDS = 1.0
 STATUSES_AT_ONCE = 2
 """Status writes under way at a time. They are the dearest requests there are (some 25 ms of the API server's processor
 each), and nothing waits for them: what a stage's end sets going comes first, and a job's newest status is enough."""
-STATUS_SECONDS = 0.2
+STATUS_SECONDS = 0.5
 """A status waits for so long: stages of other jobs that end at the same moment are followed first, and what comes right
 after one another is one write."""
 KUEUE_LOOK_SECONDS = 10.0
