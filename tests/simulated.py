@@ -30,13 +30,15 @@ START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
 Raw = dict[str, Any]
 
 
-def successful_report(stage: str, output: str = "", **metrics: Any) -> str:
-    """The termination message of a stage that did its work."""
+def successful_report(stage: str, output: str = "", *, reused: bool = False, **metrics: Any) -> str:
+    """The termination message of a stage that did its work, or found it done."""
     folder = output or f"finetune/jobs/team-a/tiny/{stage}"
     artifacts = {stage: contract.ArtifactRef(folder, contract.digest_of([stage, folder]))}
     if stage == contract.PREPARE:
         artifacts["model"] = contract.ArtifactRef("finetune/models/tiny", contract.digest_of("model"))
-    return contract.encode_report(contract.Report(stage, 0, artifacts=artifacts, metrics=metrics)).decode()
+    return contract.encode_report(
+        contract.Report(stage, 0, artifacts=artifacts, metrics=metrics, reused=reused)
+    ).decode()
 
 
 @dataclass

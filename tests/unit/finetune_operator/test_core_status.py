@@ -23,6 +23,8 @@ from finetune_operator.core.status import derive_status, planned_status, refused
 from finetune_operator.core.times import format_time
 from finetune_trainer.contract import ExitCode
 
+ALL = ("prepare", "train", "consolidate", "merge", "evaluate")
+
 
 def conditions(status: FineTuneJobStatus) -> dict[str, tuple[str, str]]:
     return {each.type: (each.status, each.reason) for each in status.conditions}
@@ -233,6 +235,28 @@ STEPS = (
     (22, Checkpoint(step=20)),
 )
 """(step, last checkpoint) of status after status; the last is of an attempt that went back."""
+
+
+@pytest.mark.parametrize(
+    ("reused", "reason", "words"),
+    [
+        pytest.param((), "Completed", "Every stage has its artifact.", id="none"),
+        pytest.param(
+            ("prepare", "train"),
+            "Completed",
+            "Every stage has its artifact. prepare, train: found complete, not run.",
+            id="some",
+        ),
+        pytest.param(ALL, "Reused", "Every stage found its artifact complete, so nothing was run.", id="all"),
+    ],
+)
+def test_a_job_says_at_its_end_which_stages_were_reused(reused: tuple[str, ...], reason: str, words: str) -> None:
+    simulation = Simulation()
+    for stage in ALL:
+        simulation.settle()
+        simulation.run_stage(stage, reused=stage in reused)
+    status = simulation.settle()
+    assert (status.phase, status.reason, status.message) == ("Succeeded", reason, words)
 
 
 def test_events_tell_each_checkpoint_once() -> None:

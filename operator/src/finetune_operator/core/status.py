@@ -176,7 +176,7 @@ def refused_status(
 def _conclude(observed: Observed, pipeline: Pipeline, problem: Waiting | None, plan: PlanStatus | None) -> Conclusion:
     current = pipeline.current
     if current is None:
-        return Conclusion("True", Reason.COMPLETED, "Every stage has its artifact.")
+        return _success(pipeline)
     if current.state is StageState.FAILED:
         message = f"Stage {current.name}: {current.message}"
         # The end is said only when it is so: nothing of the job runs any more.
@@ -195,6 +195,15 @@ def _validated(findings: Findings) -> tuple[ConditionStatus, str, str]:
     if findings.refused is not None:
         return "False", findings.refused.reason, findings.refused.message
     return "True", Reason.VALID, " ".join(("Every check of the spec passed.", *findings.doubts))
+
+
+def _success(pipeline: Pipeline) -> Conclusion:
+    shown = _shown(pipeline)
+    reused = [stage.name for stage in shown if stage.state is StageState.REUSED]
+    if len(reused) == len(shown):
+        return Conclusion("True", Reason.REUSED, "Every stage found its artifact complete, so nothing was run.")
+    found = f" {', '.join(reused)}: found complete, not run." if reused else ""
+    return Conclusion("True", Reason.COMPLETED, f"Every stage has its artifact.{found}")
 
 
 def _conditions(
