@@ -55,7 +55,9 @@ def test_a_training_that_posts_no_step_any_more_hangs_and_is_begun_again(
     wait_for_job(namespace, lambda job: stage(job, "train").get("state") == "Running", reason="training to run")
     with posts.poster(endpoint["FINETUNE_PROGRESS_URL"], namespace, pods[0], tmp_path / "rank-0") as poster:
         poster.post({"step": 5, "totalSteps": 40, "lastCheckpoint": 4})
-    job = wait_for_job(namespace, lambda job: job["status"]["attempts"], reason="the hang to be found", deadline=15)
+    job = wait_for_job(
+        namespace, lambda job: job.get("status", {}).get("attempts"), reason="the hang to be found", deadline=15
+    )
     (attempt,) = job["status"]["attempts"]
     assert (attempt["stage"], attempt["reason"], attempt["counted"]) == ("train", "Hanging", True)
     assert "no step after step 5 for" in attempt["message"]
@@ -81,7 +83,7 @@ def test_a_stages_own_deadline_costs_a_retry_and_the_waits_between_attempts_grow
     submit(namespace, retryPolicy={"maxRetries": 2}, stages=stages, **SHORT)
     (pod,) = kubelet.pods(namespace, "prepare", 1)
     kubelet.run(namespace, pod)
-    job = wait_for_job(namespace, lambda job: job["status"]["attempts"], reason="the deadline", deadline=20)
+    job = wait_for_job(namespace, lambda job: job.get("status", {}).get("attempts"), reason="the deadline", deadline=20)
     (attempt,) = job["status"]["attempts"]
     assert (attempt["reason"], attempt["counted"]) == ("StageDeadlineExceeded", True)
     assert "stages.prepare.activeDeadlineSeconds" in attempt["message"]

@@ -53,7 +53,9 @@ def test_what_a_training_posts_is_seen_in_the_status(
         {"step": 10, "totalSteps": 40, "loss": 2.5, "tokensPerSecond": 120.5, "secondsLeft": 65, "lastCheckpoint": 5}
     )
     job = wait_for_job(
-        namespace, lambda job: job["status"].get("training", {}).get("step") == 10, reason="the posted step to be shown"
+        namespace,
+        lambda job: job.get("status", {}).get("training", {}).get("step") == 10,
+        reason="the posted step to be shown",
     )
     training = job["status"]["training"]
     assert (training["totalSteps"], training["loss"], training["tokensPerSecond"]) == (40, 2.5, 120.5)

@@ -64,7 +64,7 @@ def test_a_changed_training_takes_its_service_with_it_and_leaves_one_of_its_name
     kube.kubectl("create", "service", "clusterip", first, "-n", namespace, "--clusterip=None")
     train_with(namespace, RATE)
     job = wait_for_job(
-        namespace, lambda job: job["status"].get("reason") == "NameConflict", reason="the conflict to be told"
+        namespace, lambda job: job.get("status", {}).get("reason") == "NameConflict", reason="the conflict to be told"
     )
     assert f"Service {first} exists" in job["status"]["message"]
     assert trainings(namespace) == []

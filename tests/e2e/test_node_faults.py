@@ -73,7 +73,9 @@ def test_a_node_that_hyperpod_reboots_costs_no_step_and_no_retry(team: Team, mar
     [node] = {pod["spec"]["nodeName"] for pod in training_pods(team, "rebooted")}
     mark(node, "UnschedulablePendingReboot")
 
-    job = team.wait("rebooted", lambda job: job["status"]["attempts"], 5, "the fault to be noticed", unless=failed)
+    job = team.wait(
+        "rebooted", lambda job: job.get("status", {}).get("attempts"), 5, "the fault to be noticed", unless=failed
+    )
     [attempt] = job["status"]["attempts"]
     assert (attempt["reason"], attempt["node"], attempt["counted"]) == ("NodeFault", node, False)
     assert "HyperPod labelled the node UnschedulablePendingReboot" in attempt["message"]
@@ -117,7 +119,9 @@ def test_a_rank_that_stands_still_is_found_and_training_goes_on_from_its_checkpo
     )
     assert "stopped" in told
 
-    job = team.wait("still", lambda job: job["status"]["attempts"], 60, "the hang to be found", unless=failed)
+    job = team.wait(
+        "still", lambda job: job.get("status", {}).get("attempts"), 60, "the hang to be found", unless=failed
+    )
     [attempt] = job["status"]["attempts"]
     assert (attempt["stage"], attempt["reason"], attempt["counted"]) == ("train", "Hanging", True)
     assert "30 are allowed" in attempt["message"]
