@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -197,6 +198,17 @@ async def test_what_was_found_is_believed_for_a_while_and_what_was_missing_is_no
         clock[0] = seconds
         assert await facts.find_claim("team-a", "there") == owned()
         assert len(kmock["get"]) == asked
+
+
+async def test_what_many_ask_for_at_once_is_read_once(kmock: Server, client: Client) -> None:
+    facts = Facts(client, lambda: 100.0)
+    kmock["get /api/v1/namespaces/team-a/resourcequotas"] << {"items": []}
+    assert await asyncio.gather(*(facts.find_quotas("team-a") for _ in range(5))) == [[]] * 5
+    assert len(kmock) == 1
+    kmock["get " + object_path("PersistentVolumeClaim", "team-a", "broken")] << refusal(500)
+    results = await asyncio.gather(*(facts.find_claim("team-a", "broken") for _ in range(3)), return_exceptions=True)
+    assert all(isinstance(result, ClusterError) for result in results)
+    assert len(kmock) == 2
 
 
 async def test_that_there_are_no_events_is_believed_for_a_while_too(kmock: Server, client: Client) -> None:

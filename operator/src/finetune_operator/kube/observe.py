@@ -10,7 +10,7 @@ import asyncio
 import base64
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from finetune_operator.api import constants
 from finetune_operator.core.observed import Note
@@ -90,6 +90,8 @@ class Facts:
         self._client = client
         self._clock = clock
         self._believed: dict[tuple[str, ...], tuple[float, object]] = {}
+        self._reads: dict[tuple[str, ...], asyncio.Task[Any]] = {}
+        """Reads under way: whoever asks meanwhile gets their answer."""
 
     async def find_claim(self, namespace: str, name: str) -> Raw | None:
         """A PersistentVolumeClaim, None when it does not exist."""
@@ -154,9 +156,17 @@ class Facts:
 
     async def _found(self, key: tuple[str, ...], read: Callable[[], Awaitable[T | None]]) -> T | None:
         until, value = self._believed.get(key, (0.0, None))
-        now = self._clock()
-        if value is not None and now < until:
+        if value is not None and self._clock() < until:
             return value  # type: ignore[return-value]
+        reading = self._reads.get(key)
+        if reading is None:
+            reading = self._reads[key] = asyncio.create_task(self._read(key, read))
+            reading.add_done_callback(partial(self._has_read, key))
+        found: T | None = await asyncio.shield(reading)
+        return found
+
+    async def _read(self, key: tuple[str, ...], read: Callable[[], Awaitable[T | None]]) -> T | None:
+        now = self._clock()
         fresh = await read()
         if len(self._believed) >= MOST_BELIEVED:
             self._believed.clear()
@@ -165,3 +175,8 @@ class Facts:
         else:
             self._believed[key] = (now + BELIEVED_SECONDS, fresh)
         return fresh
+
+    def _has_read(self, key: tuple[str, ...], reading: asyncio.Task[Any]) -> None:
+        del self._reads[key]
+        if not reading.cancelled():
+            reading.exception()  # looked at: everybody who asked may have been cancelled meanwhile
