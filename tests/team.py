@@ -115,6 +115,9 @@ def logged_steps(team: Team, job: dict[str, Any]) -> list[int]:
     return [json.loads(line)["step"] for line in lines if line]
 
 
+STAGES = ["prepare", "train", "consolidate", "merge", "evaluate"]
+"""The stages of tiny_job."""
+
 RECORDS = [
     {"instruction": f"What is the number after {i}?", "context": "", "response": f"It is {i + 1}.", "category": "qa"}
     for i in range(40)

@@ -9,6 +9,7 @@ from typing import Any
 import kube
 import pytest
 from team import (
+    STAGES,
     TRAINING,
     Team,
     condition,
@@ -24,8 +25,6 @@ from team import (
 )
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
-
-STAGES = ["prepare", "train", "consolidate", "merge", "evaluate"]
 
 
 def stage_names(jobs: list[dict[str, Any]]) -> Counter[str]:

@@ -7,11 +7,9 @@ from typing import Any
 
 import kube
 import pytest
-from team import Team, failed, make_sources, stage, succeeded, tiny_job
+from team import STAGES, Team, failed, make_sources, stage, succeeded, tiny_job
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
-
-STAGES = ["prepare", "train", "consolidate", "merge", "evaluate"]
 
 
 def jobs_by_stage(team: Team, name: str) -> dict[str, str]:

@@ -12,13 +12,12 @@ from typing import Any
 
 import kube
 import pytest
-from team import TRAINING, Team, failed, make_sources, stage, succeeded, tiny_job
+from team import STAGES, TRAINING, Team, failed, make_sources, stage, succeeded, tiny_job
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 CHART = Path(__file__).resolve().parents[2] / "charts" / "finetune-operator"
 OPERATORS = "app.kubernetes.io/name=finetune-operator"
-STAGES = ["prepare", "train", "consolidate", "merge", "evaluate"]
 STEPS = 3000
 """Half a minute of training or more: longer than one upgrade, and what comes after it may meet any stage."""
 HAND_OVER_SECONDS = 15.0

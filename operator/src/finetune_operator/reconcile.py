@@ -155,8 +155,7 @@ async def _advance(
             cluster.facts, job, observed, pipeline, settings, device, cluster.kueue_version()
         )
         if not observed.attempts:
-            written = _report(cached, planned_status(job, plan, findings, now))
-            return replace(written, again_after=RESYNC_SECONDS)
+            return replace(_report(cached, planned_status(job, plan, findings, now)), again_after=RESYNC_SECONDS)
         pipeline = pipeline.held()
     reservation = await plan_queue(cluster.facts, job, observed, pipeline, settings, cluster.kueue_version(), now)
     if reservation.placement is not None:
