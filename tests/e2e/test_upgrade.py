@@ -106,9 +106,13 @@ def test_an_upgrade_and_the_leaders_death_leave_a_training_alone(team: Team, rel
     assert stage(job, "train")["state"] == "Running", "the training outlasted the upgrade"
 
     release.upgrade("replicaCount=2")
-    pods, leader = release.pods(), release.leader()
+    pods = release.pods()
     assert len(pods) == 2
-    assert leader in pods
+    leader = kube.eventually(
+        lambda: release.leader() if release.leader() in pods else None,
+        deadline=HAND_OVER_SECONDS,
+        reason="one of the new pods to lead",
+    )
     before = reached(team.job("upgraded"))
     kube.kubectl("delete", "pod", leader, "-n", release.namespace, "--grace-period=0", "--force")
     kube.eventually(

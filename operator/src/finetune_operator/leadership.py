@@ -227,11 +227,21 @@ class LeaderElection:
         """Give the lease up if it is still ours; best effort, since it ends by itself."""
         if self._there is None or self._seen.holder != self.identity:
             return
-        moment = micro_time(self._now())
-        record = LeaseRecord("", 1, moment, moment, self._seen.transitions)
         try:
             async with asyncio.timeout(RELEASE_SECONDS):
-                await self._client.replace(lease_manifest(self._namespace, self._name, record, self._there))
+                await self._give_up(self._there)
         except (ClusterError, TimeoutError) as error:
             why = str(error) or "no answer in time"
             logger.warning("Lease %s was not given up and ends by itself: %s", self._name, why)
+
+    async def _give_up(self, there: Raw) -> None:
+        """Write nobody's name over `there`. A renewal that was cut off on its way may have been carried out since."""
+        moment = micro_time(self._now())
+        record = LeaseRecord("", 1, moment, moment, self._seen.transitions)
+        try:
+            await self._client.replace(lease_manifest(self._namespace, self._name, record, there))
+        except ClusterError as error:
+            newer = await self._client.find("Lease", self._namespace, self._name) if error.status == 409 else None
+            if newer is None or parse_lease(newer).holder != self.identity:
+                raise
+            await self._client.replace(lease_manifest(self._namespace, self._name, record, newer))

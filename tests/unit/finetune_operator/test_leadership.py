@@ -277,6 +277,34 @@ async def test_an_orderly_end_stops_the_work_and_then_hands_over_at_once(leases:
     assert leases.spec["leaseTransitions"] == 1
 
 
+async def test_an_end_amid_a_renewal_hands_over_too(leases: Leases, clock: list[float]) -> None:
+    first = Replica(leases, "a", clock)
+    task = asyncio.create_task(first.election.run())
+    while not first.works:
+        await asyncio.sleep(0)
+    assert leases.there is not None
+    leases._write(leases.there)  # the renewal was carried out, and its answer is still on the way
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert leases.spec["holderIdentity"] == ""
+
+
+async def test_an_end_that_comes_after_another_took_the_lease_leaves_it_alone(
+    leases: Leases, clock: list[float]
+) -> None:
+    first = Replica(leases, "a", clock)
+    task = asyncio.create_task(first.election.run())
+    while not first.works:
+        await asyncio.sleep(0)
+    assert leases.there is not None
+    leases._write({**leases.there, "spec": {**leases.spec, "holderIdentity": "b"}})
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert leases.spec["holderIdentity"] == "b"
+
+
 async def test_a_standby_that_ends_leaves_the_lease_alone(leases: Leases, clock: list[float]) -> None:
     first, second = Replica(leases, "a", clock), Replica(leases, "b", clock)
     await first.election.turn()
