@@ -13,7 +13,13 @@ from kubernetes.aio import client as kubernetes_client
 from finetune_operator.api.constants import LABEL_STAGE, Reason
 from finetune_operator.kube.apply import ChildRefused, create_child, write_record
 from finetune_operator.kube.client import Client, ClusterError, object_path
-from finetune_operator.kube.observe import Facts, Forbidden, check_kind_is_served, read_log_tail
+from finetune_operator.kube.observe import (
+    WARNINGS_BELIEVED_SECONDS,
+    Facts,
+    Forbidden,
+    check_kind_is_served,
+    read_log_tail,
+)
 
 Server = kmock_library.RawHandler
 pytestmark = pytest.mark.kmock(cls=Server)
@@ -211,11 +217,33 @@ async def test_what_many_ask_for_at_once_is_read_once(kmock: Server, client: Cli
     assert len(kmock) == 2
 
 
-async def test_that_there_are_no_events_is_believed_for_a_while_too(kmock: Server, client: Client) -> None:
-    facts = Facts(client, lambda: 0.0)
+async def test_healthy_objects_share_one_list_of_the_namespaces_warnings(kmock: Server, client: Client) -> None:
+    clock = [0.0]
+    facts = Facts(client, lambda: clock[0])
     kmock["get " + object_path("Event", "team-a")] << {"items": []}
-    assert [await facts.find_warning("team-a", UID) for _ in range(3)] == [None] * 3
-    assert len(kmock["get"]) == 1
+    assert [await facts.find_warning("team-a", f"uid-{number}") for number in range(3)] == [None] * 3
+    assert [request.params["fieldSelector"] for request in kmock["get"]] == ["type=Warning"]
+    clock[0] = WARNINGS_BELIEVED_SECONDS + 1
+    assert await facts.find_warning("team-a", UID) is None
+    assert len(kmock["get"]) == 2
+
+
+async def test_the_events_of_a_warned_object_are_read_in_turn(kmock: Server, client: Client) -> None:
+    def event(reason: str, kind: str, seconds: int) -> dict[str, Any]:
+        metadata = {"name": reason.lower(), "creationTimestamp": f"2026-01-01T00:00:{seconds:02}Z"}
+        return {"metadata": metadata, "type": kind, "reason": reason, "note": reason, "regarding": {"uid": UID}}
+
+    facts = Facts(client, lambda: 0.0)
+    warning = event("FailedMount", "Warning", 1)
+
+    async def answer(request: kmock_library.Request) -> dict[str, Any]:
+        about_one = request.params["fieldSelector"] == f"regarding.uid={UID}"
+        return {"items": [warning, event("Pulling", "Normal", 9)] if about_one else [warning]}
+
+    kmock["get " + object_path("Event", "team-a")] << answer
+    assert await facts.find_warning("team-a", "another") is None
+    assert await facts.find_warning("team-a", UID) is None, "what came after the warning shows that it is over"
+    assert len(kmock["get"]) == 2
 
 
 async def test_what_may_not_be_read_is_not_taken_for_missing(kmock: Server, client: Client) -> None:

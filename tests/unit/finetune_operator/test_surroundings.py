@@ -61,7 +61,14 @@ async def test_a_job_whose_pods_are_refused_is_asked_about_once_in_a_while_and_t
     simulation.pods.clear()
     (job,) = simulation.jobs.values()
     words = 'pods "x" is forbidden: exceeded quota: team'
-    event = {"metadata": {}, "type": "Warning", "reason": "FailedCreate", "note": words}
+    uid = job["metadata"]["uid"]
+    event = {
+        "metadata": {},
+        "type": "Warning",
+        "reason": "FailedCreate",
+        "note": words,
+        "regarding": {"uid": uid},
+    }
     kmock[f"get {EVENTS}"] << {"items": [event]}
     assert (await hear(facts, simulation, SILENT_SECONDS - 1)).events == {}
     assert len(kmock) == 0
@@ -70,8 +77,8 @@ async def test_a_job_whose_pods_are_refused_is_asked_about_once_in_a_while_and_t
         job["metadata"]["name"]: ("FailedCreate", words)
     }
     assert await hear(facts, simulation, SILENT_SECONDS + 1) == heard
-    (request,) = kmock["get"]
-    assert request.params == {"fieldSelector": f"regarding.uid={job['metadata']['uid']}"}
+    asked = [request.params["fieldSelector"] for request in kmock["get"]]
+    assert asked == ["type=Warning", f"regarding.uid={uid}"]
     later = simulation.now + timedelta(seconds=SILENT_SECONDS)
     current = derive_pipeline(simulation.job, heard, SETTINGS, later).current
     assert current is not None

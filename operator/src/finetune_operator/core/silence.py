@@ -88,6 +88,15 @@ def newest_warning(events: Iterable[Mapping[str, Any]]) -> Note | None:
     return _note(newest) if newest is not None and _is_warning(newest) else None
 
 
+def find_warned(events: Iterable[Mapping[str, Any]]) -> frozenset[str]:
+    """Uids of the objects that warnings of which failure_rules.py knows something are about."""
+    return frozenset(
+        uid
+        for event in events
+        if _is_warning(event) and _tells(event) and (uid := (event.get("regarding") or {}).get("uid"))
+    )
+
+
 def _is_warning(event: Mapping[str, Any]) -> bool:
     return event.get("type") == "Warning"
 

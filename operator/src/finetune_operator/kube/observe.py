@@ -14,12 +14,14 @@ from typing import Any, TypeVar
 
 from finetune_operator.api import constants
 from finetune_operator.core.observed import Note
-from finetune_operator.core.silence import newest_warning
+from finetune_operator.core.silence import find_warned, newest_warning
 from finetune_operator.kube.client import Client, ClusterError, Raw, object_path
 
 T = TypeVar("T")
 
 BELIEVED_SECONDS = 5.0
+WARNINGS_BELIEVED_SECONDS = 10.0
+"""Shorter than what lies between two looks of one job (core.silence.LOOK_AGAIN_SECONDS)."""
 MOST_BELIEVED = 10_000
 LOG_LIMIT_BYTES = 16384
 
@@ -126,20 +128,36 @@ class Facts:
         return await self._found(("quotas", namespace), quotas) or []
 
     async def find_warning(self, namespace: str, uid: str) -> Note | None:
-        """The newest event about one object if that is a warning; None where events may not be listed."""
+        """The newest event about one object if that is a warning; None where events may not be listed.
+
+        The API server keeps no index of events: each list reads all of the namespace. So the warnings of the namespace
+        are listed once for everyone who asks, and one object's events only where one of those is about it.
+        """
+        if uid not in await self._warned(namespace):
+            return None
 
         async def warnings() -> tuple[Note, ...]:
-            try:
-                events = await self._client.list("Event", namespace, field_selector=f"regarding.uid={uid}")
-            except ClusterError as error:
-                if error.status == 403:
-                    return ()
-                raise
-            newest = newest_warning(events)
+            newest = newest_warning(await self._list_events(namespace, f"regarding.uid={uid}"))
             return () if newest is None else (newest,)
 
-        found = await self._found(("warning", namespace, uid), warnings)
+        found = await self._found(("warning", namespace, uid), warnings, WARNINGS_BELIEVED_SECONDS)
         return found[0] if found else None
+
+    async def _warned(self, namespace: str) -> frozenset[str]:
+        """Uids of the namespace's objects with a warning that tells of a failure."""
+
+        async def warned() -> frozenset[str]:
+            return find_warned(await self._list_events(namespace, "type=Warning"))
+
+        return await self._found(("warned", namespace), warned, WARNINGS_BELIEVED_SECONDS) or frozenset()
+
+    async def _list_events(self, namespace: str, field_selector: str) -> list[Raw]:
+        try:
+            return await self._client.list("Event", namespace, field_selector=field_selector)
+        except ClusterError as error:
+            if error.status == 403:
+                return []
+            raise
 
     async def find_at(self, path: str) -> Raw | None:
         """An object at a path, such as a ClusterQueue; None where there is none. Forbidden where it may not be read."""
@@ -154,18 +172,25 @@ class Facts:
 
         return await self._found(("path", path), read)
 
-    async def _found(self, key: tuple[str, ...], read: Callable[[], Awaitable[T | None]]) -> T | None:
+    async def _found(
+        self,
+        key: tuple[str, ...],
+        read: Callable[[], Awaitable[T | None]],
+        believed_seconds: float = BELIEVED_SECONDS,
+    ) -> T | None:
         until, value = self._believed.get(key, (0.0, None))
         if value is not None and self._clock() < until:
             return value  # type: ignore[return-value]
         reading = self._reads.get(key)
         if reading is None:
-            reading = self._reads[key] = asyncio.create_task(self._read(key, read))
+            reading = self._reads[key] = asyncio.create_task(self._read(key, read, believed_seconds))
             reading.add_done_callback(partial(self._has_read, key))
         found: T | None = await asyncio.shield(reading)
         return found
 
-    async def _read(self, key: tuple[str, ...], read: Callable[[], Awaitable[T | None]]) -> T | None:
+    async def _read(
+        self, key: tuple[str, ...], read: Callable[[], Awaitable[T | None]], believed_seconds: float
+    ) -> T | None:
         now = self._clock()
         fresh = await read()
         if len(self._believed) >= MOST_BELIEVED:
@@ -173,7 +198,7 @@ class Facts:
         if fresh is None:
             self._believed.pop(key, None)
         else:
-            self._believed[key] = (now + BELIEVED_SECONDS, fresh)
+            self._believed[key] = (now + believed_seconds, fresh)
         return fresh
 
     def _has_read(self, key: tuple[str, ...], reading: asyncio.Task[Any]) -> None:
