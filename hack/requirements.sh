@@ -12,6 +12,7 @@ lock() {
 lock trainer 3.10
 lock dev 3.11 -c trainer.txt
 lock operator 3.11 -c dev.txt
+lock bench 3.11 -c dev.txt
 {
   echo "# What hack/setup.sh needs before it can install requirements/dev.txt: uv, the same pin as there."
   awk '/^uv==/ {p = 1} p {print} p && !/\\$/ {exit}' dev.txt
