@@ -91,6 +91,39 @@ BAD_SPECS = (
         "quantization must be none with type full",
     ),
     BadSpec(
+        "the format template without one",
+        "spec.dataset.template",
+        {"dataset": {"format": "template"}},
+        "template is required with format template",
+    ),
+    BadSpec(
+        "a template with another format",
+        "spec.dataset.template",
+        {"dataset": {"template": {"prompt": "{question}", "completion": "{answer}"}}},
+        "template is for format template",
+    ),
+    BadSpec(
+        "all-linear beside a name",
+        "spec.method.lora.targetModules",
+        {"method": {"lora": {"targetModules": ["all-linear", "q_proj"]}}},
+        "all-linear alone or names",
+    ),
+    BadSpec(
+        "sharded quantized weights",
+        "spec.parallelism.strategy",
+        {"parallelism": {"strategy": "fsdp"}, "method": {"quantization": "int8"}},
+        "quantized weights cannot be sharded",
+    ),
+    BadSpec(
+        "sharding by torch on Trainium",
+        "spec.parallelism.strategy",
+        {
+            "parallelism": {"strategy": "fsdp"},
+            "accelerator": {"type": "neuron", "instanceType": "ml.trn1.32xlarge"},
+        },
+        "fsdp, which is for accelerator types cpu and cuda",
+    ),
+    BadSpec(
         "no target module",
         "spec.method.lora.targetModules",
         {"method": {"lora": {"targetModules": []}}},

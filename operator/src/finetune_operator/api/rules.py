@@ -25,6 +25,7 @@ from finetune_operator.api.spec import (
     Evaluate,
     EvaluationPrompt,
     FineTuneJobSpec,
+    Lora,
     Method,
     Publish,
     Training,
@@ -95,6 +96,27 @@ _TABLE: tuple[tuple[type[Model], Rule], ...] = (
         lambda dataset: (
             dataset.files is None or (not dataset.files.startswith("/") and re.search(_CLIMBS, dataset.files) is None)
         ),
+    ),
+    _rule(
+        Dataset,
+        "template",
+        "template is required with format template: set template.prompt and template.completion",
+        "self.format != 'template' || has(self.template)",
+        lambda dataset: dataset.format != "template" or dataset.template is not None,
+    ),
+    _rule(
+        Dataset,
+        "template",
+        "template is for format template, the format is {format}: remove it, or set format template",
+        "self.format == 'template' || !has(self.template)",
+        lambda dataset: dataset.format == "template" or dataset.template is None,
+    ),
+    _rule(
+        Lora,
+        "targetModules",
+        "targetModules must be all-linear alone or names of modules, not both",
+        "size(self.targetModules) == 1 || !('all-linear' in self.targetModules)",
+        lambda lora: len(lora.target_modules) == 1 or "all-linear" not in lora.target_modules,
     ),
     _rule(
         Method,
@@ -191,6 +213,22 @@ _TABLE: tuple[tuple[type[Model], Rule], ...] = (
         "false",
         "!self.evaluate.enabled || self.dataset.validationPercent > 0 || size(self.evaluate.prompts) > 0",
         lambda spec: not spec.evaluate.enabled or spec.dataset.validation_percent > 0 or len(spec.evaluate.prompts) > 0,
+    ),
+    _rule(
+        FineTuneJobSpec,
+        "parallelism.strategy",
+        "parallelism.strategy is fsdp with method.quantization {method.quantization}: quantized weights cannot be "
+        "sharded; use ddp, or quantization none",
+        "self.parallelism.strategy != 'fsdp' || self.method.quantization == 'none'",
+        lambda spec: spec.parallelism.strategy != "fsdp" or spec.method.quantization == "none",
+    ),
+    _rule(
+        FineTuneJobSpec,
+        "parallelism.strategy",
+        "parallelism.strategy is fsdp, which is for accelerator types cpu and cuda: use ddp with neuron, whose "
+        "optimizer is sharded anyway",
+        "self.parallelism.strategy != 'fsdp' || self.accelerator.type != 'neuron'",
+        lambda spec: spec.parallelism.strategy != "fsdp" or spec.accelerator.type != "neuron",
     ),
     _rule(
         FineTuneJobSpec,

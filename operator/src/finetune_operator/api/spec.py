@@ -14,7 +14,7 @@ from pydantic import Field
 from finetune_operator.api.model import DnsName, Model, Revision, Source
 from finetune_operator.api.overrides import Stages
 
-DatasetFormat = Literal["dolly", "samsum", "promptCompletion", "alpaca", "messages", "sharegpt", "text"]
+DatasetFormat = Literal["dolly", "samsum", "promptCompletion", "alpaca", "messages", "sharegpt", "text", "template"]
 Packing = Literal["bestFit", "none", "wrapped"]
 AcceleratorType = Literal["cpu", "cuda", "neuron"]
 
@@ -55,6 +55,17 @@ class BaseModelSource(Model):
     )
 
 
+class RecordTemplate(Model):
+    """Prompt and completion of a record, with {name} in place of each field of that name; {{ and }} are braces."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=8192)] = Field(
+        description="What the model reads, such as `Question: {question}\\nAnswer: `."
+    )
+    completion: Annotated[str, Field(min_length=1, max_length=8192)] = Field(
+        description="What it is to answer, such as `{answer}`."
+    )
+
+
 class Dataset(Model):
     """The records to train on and how they become rows of tokens."""
 
@@ -79,7 +90,14 @@ class Dataset(Model):
     )
     format: DatasetFormat = Field(
         description="Form of a record. `dolly`: instruction, optional context, response. `samsum`: dialogue, summary. "
-        "`promptCompletion`: prompt, completion."
+        "`promptCompletion`: prompt, completion. `alpaca`: instruction, optional input, output. `messages`: a "
+        "conversation of role and content, by the tokenizer's own chat template; loss on the assistant's turns. "
+        "`sharegpt`: the same with conversations of from and value. `text`: text, learnt as it is. `template`: fields "
+        "of your own, by `template`."
+    )
+    template: RecordTemplate | None = Field(
+        default=None,
+        description="Prompt and completion of a record. Required with format template, refused with others.",
     )
     max_length: int = Field(
         default=2048,
@@ -126,7 +144,14 @@ class Lora(Model):
         Field(min_length=1, max_length=32, json_schema_extra={"x-kubernetes-list-type": "set"}),
     ] = Field(
         description="Names of the linear layers that get an adapter, such as q_proj and v_proj, or query_key_value "
-        "for BLOOM."
+        "for BLOOM; or all-linear alone, for every linear layer but the output's."
+    )
+    modules_to_save: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.\-]+$")], ...],
+        Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "set"}),
+    ] = Field(
+        default=(),
+        description="Names of modules that are trained as a whole beside the adapter, such as lm_head or embed_tokens.",
     )
     variant: Literal["standard", "rslora", "dora"] = Field(
         default="standard",
@@ -191,6 +216,11 @@ class Training(Model):
         "data parallel size.",
     )
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="Number format of the model's arithmetic.")
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Whether activations are computed again in the backward pass instead of being kept: less memory "
+        "for about a third more time. The result is the same.",
+    )
     seed: int = Field(
         default=42, ge=0, le=2**31 - 1, description="Seed of the order of rows, the adapter's start and dropout."
     )
@@ -214,6 +244,12 @@ class Parallelism(Model):
     tensor_parallel_size: int = Field(default=1, ge=1, le=64, description="Devices over which each layer is split.")
     pipeline_parallel_size: int = Field(
         default=1, ge=1, le=64, description="Groups of layers, one after another, on devices of their own."
+    )
+    strategy: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="What data parallel ranks hold. `ddp`: each a whole copy. `fsdp`: each a share of weights, "
+        "gradients and optimizer, gathered layer by layer (FSDP2), for models that are too large for one device; "
+        "types cpu and cuda.",
     )
 
 
@@ -263,6 +299,9 @@ class Merge(Model):
         default="5GB",
         description="Largest weight file of the merged model, such as 5GB; a single larger tensor has a file of its "
         "own.",
+    )
+    precision: Literal["base", "bf16", "fp16", "fp32"] = Field(
+        default="base", description="Number format of the merged weights. `base`: each tensor keeps the base model's."
     )
 
 
