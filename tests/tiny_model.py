@@ -95,6 +95,26 @@ def write_tiny_model(folder: Path, *, sharded: bool = False, dtype: str = "float
     return folder
 
 
+def write_tiny_bloom(folder: Path, seed: int = 0) -> Path:
+    """The same tokenizer on a BLOOM of two layers: alibi, fused query_key_value, tied embeddings, biases. Needs torch."""
+    import torch
+    from transformers import BloomConfig, BloomForCausalLM
+
+    vocabulary = write_tiny_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = BloomConfig(
+        vocab_size=vocabulary,
+        hidden_size=HIDDEN_SIZE,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    BloomForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def _weights(vocabulary: int, seed: int) -> dict[str, Any]:
     """Llama's tensors by name, float32: norms are one, everything else is normal with deviation 0.02."""
     # RandomState's stream is frozen for good, a Generator's may change with numpy.
@@ -151,4 +171,5 @@ def _write_json(path: Path, value: object) -> None:
 
 
 if __name__ == "__main__":
-    write_tiny_model(Path(sys.argv[1]))
+    write = {"llama": write_tiny_model, "bloom": write_tiny_bloom}[sys.argv[2] if len(sys.argv) > 2 else "llama"]
+    write(Path(sys.argv[1]))
