@@ -96,7 +96,7 @@ def write_tiny_model(folder: Path, *, sharded: bool = False, dtype: str = "float
 
 
 def write_tiny_bloom(folder: Path, seed: int = 0) -> Path:
-    """The same tokenizer on a BLOOM of two layers: alibi, fused query_key_value, tied embeddings, biases. Needs torch."""
+    """A BLOOM of two layers with the same tokenizer: alibi, fused query_key_value, tied embeddings. Needs torch."""
     import torch
     from transformers import BloomConfig, BloomForCausalLM
 
