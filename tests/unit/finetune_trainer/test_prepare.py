@@ -351,7 +351,7 @@ def test_rows_hold_every_token_once_and_in_order(
     contents, first = [], 10
     for length in lengths:
         contents.append(list(range(first, first + length)))
-        spool.add(contents[-1], learnt_from=1 + length // 3)
+        spool.add(contents[-1], [(1 + length // 3, length)])
         first += length
     rows = pack_documents(packing, lengths, 24)
     with new_artifact(folder / "x", "prepare") as writer:

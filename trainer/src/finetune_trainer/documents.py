@@ -68,8 +68,7 @@ def collect_documents(
                 rejections.add(replace(place, found=found))
                 continue
             two_parts += document.was_split
-            # The first token of a document is never learnt: in a packed row it would be learnt from the one before.
-            spool.add(document.tokens, 1 if learn_prompt else document.boundary)
+            spool.add(document.tokens, [(1 if learn_prompt else document.boundary, len(document.tokens))])
             keys.append(_key(seed, example))
         if time.monotonic() - said > _PROGRESS_SECONDS:
             said = time.monotonic()

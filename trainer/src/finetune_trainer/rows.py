@@ -43,27 +43,35 @@ class DocumentSpool:
         folder.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close()
         self._offsets = array("q", [0])
-        self._learnt_from = array("i")
+        self._learnt = array("i")
+        self._learnt_offsets = array("q", [0])
         self._tokens: Tokens | None = None
 
     def __len__(self) -> int:
-        return len(self._learnt_from)
+        return len(self._offsets) - 1
 
-    def add(self, tokens: Sequence[int], learnt_from: int) -> None:
-        """Append a document; its labels are the tokens from index `learnt_from` (at least 1) on."""
+    def add(self, tokens: Sequence[int], learnt: Iterable[tuple[int, int]]) -> None:
+        """Append a document. `learnt` are the ranges (first, end) of the tokens that are labels, ascending, from 1 on.
+
+        The first token of a document is never a label: in a packed row it would be learnt from the document before.
+        """
         self._file.write(np.asarray(tokens, dtype="<i4").tobytes())
         self._offsets.append(self._offsets[-1] + len(tokens))
-        self._learnt_from.append(learnt_from)
+        for first, end in learnt:
+            self._learnt.extend((first, end))
+        self._learnt_offsets.append(len(self._learnt))
 
     def length(self, number: int) -> int:
         return self._offsets[number + 1] - self._offsets[number]
 
-    def learnt_from(self, number: int) -> int:
-        return self._learnt_from[number]
+    def learnt(self, number: int) -> list[tuple[int, int]]:
+        """The ranges of the document's tokens that are labels, as add() got them."""
+        numbers = self._learnt[self._learnt_offsets[number] : self._learnt_offsets[number + 1]]
+        return list(zip(numbers[::2], numbers[1::2], strict=True))
 
     def supervised(self, number: int) -> int:
         """Tokens of the document that are learnt."""
-        return self.length(number) - self._learnt_from[number]
+        return sum(end - first for first, end in self.learnt(number))
 
     def tokens(self, number: int) -> Tokens:
         """(length,) int32. After the first call nothing can be added."""
@@ -72,6 +80,14 @@ class DocumentSpool:
             empty = self._offsets[-1] == 0
             self._tokens = np.empty(0, "<i4") if empty else np.memmap(self._file, dtype="<i4", mode="r")
         return self._tokens[self._offsets[number] : self._offsets[number + 1]]
+
+    def labels(self, number: int) -> Tokens:
+        """(length,) int32: the token itself where it is learnt, IGNORED elsewhere."""
+        tokens = self.tokens(number)
+        values = np.full(len(tokens), IGNORED, dtype="<i4")
+        for first, end in self.learnt(number):
+            values[first:end] = tokens[first:end]
+        return values
 
     def largest_token(self) -> int:
         return max((int(self.tokens(number).max()) for number in range(len(self))), default=0)
@@ -85,15 +101,9 @@ def write_rows(
     writer: ArtifactWriter, name: str, spool: DocumentSpool, rows: Sequence[Sequence[int]], *, row_length: int, pad: int
 ) -> None:
     """Write `rows` (lists of document numbers of `spool`) as the file `name` of the artifact."""
-
-    def labels(number: int, _position: int) -> Tokens:
-        values = spool.tokens(number).copy()
-        values[: spool.learnt_from(number)] = IGNORED
-        return values
-
     fills: dict[str, tuple[int, _Fill]] = {
         "input_ids": (pad, lambda number, _position: spool.tokens(number)),
-        "labels": (IGNORED, labels),
+        "labels": (IGNORED, lambda number, _position: spool.labels(number)),
         "position_ids": (0, lambda number, _position: range(spool.length(number))),
         "segment_ids": (0, lambda _number, position: position + 1),
     }
