@@ -109,6 +109,11 @@ bench-operator: setup cluster-up ## 1,000 FineTuneJobs on fake nodes, against a 
 	  kubectl wait --for=condition=Established -f crds --timeout=30s >/dev/null; \
 	  $(PY) bench/operator/bench.py $(BENCH_ARGS)
 
+.PHONY: bench-trainer
+bench-trainer: setup ## The trainer against peft, TRL, cp and torch.save, by turns; ends in one JSON line (BENCH_ARGS: names)
+	@./hack/setup_bench.sh
+	@.venv-bench/bin/python bench/trainer $(BENCH_ARGS)
+
 .PHONY: test-kills
 test-kills: setup cluster-up ## Kill the operator before and after every API call of a whole job; minutes (KILLS_ARGS)
 	@$(CLUSTER_ENV); $(PY) tests/kills/run_all.py $(KILLS_ARGS)
