@@ -55,7 +55,7 @@ def run_all(programs: Iterable[Path]) -> tuple[dict[str, Any], list[str]]:
             value = None
         if code or not isinstance(value, dict):
             failures.append(
-                f"{program.name} ended with {code}" if code else f"{program.name} printed no JSON at its end"
+                f"{program.name} ended with {code}" if code else f"{program.name} printed no JSON object at its end"
             )
         else:
             found |= value

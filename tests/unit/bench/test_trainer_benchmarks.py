@@ -1,4 +1,4 @@
-"""make bench-trainer: every benchmark runs, one that fails is named, and the last line has the figures that there are."""
+"""make bench-trainer: every benchmark runs, one that fails is named, and the last line has what figures there are."""
 
 from __future__ import annotations
 
