@@ -22,6 +22,7 @@ from finetune_operator.api.finetunejob import (
 )
 from finetune_operator.api.spec import FineTuneJobSpec
 from finetune_operator.core.settings import FEATURES
+from finetune_trainer.spec_checks import check_rules, check_spec, with_defaults
 
 
 def problems_of(body: Any) -> list[tuple[str, str]]:
@@ -35,6 +36,14 @@ def test_a_wrong_spec_is_refused_with_field_and_remedy(bad: BadSpec) -> None:
     found = problems_of(job_body(name=bad.name, **bad.change))
     assert [field for field, _ in found] == [bad.field]
     assert (bad.ours or bad.message) in found[0][1]
+
+
+@pytest.mark.parametrize("bad", [pytest.param(bad, id=bad.id) for bad in BAD_SPECS if bad.name == "bad"])
+def test_the_trainer_tells_the_same_problems(bad: BadSpec) -> None:
+    body = job_body(**bad.change)
+    with pytest.raises(SpecError) as caught:
+        parse_job(body)
+    assert check_spec(body["spec"]) == caught.value.problems
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -152,7 +161,6 @@ UNAVAILABLE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "full training": ({"method": {"type": "full", "lora": None}}, ["spec.method.type"]),
     "quantization": ({"method": {"quantization": "int8"}}, ["spec.method.quantization"]),
     "DoRA": ({"method": {"lora": {"variant": "dora"}}}, ["spec.method.lora.variant"]),
-    "wrapped packing": ({"dataset": {"packing": "wrapped"}}, ["spec.dataset.packing"]),
     "another record format": ({"dataset": {"format": "alpaca"}}, ["spec.dataset.format"]),
     "pipeline parallelism": ({"parallelism": {"pipelineParallelSize": 2}}, ["spec.parallelism.pipelineParallelSize"]),
     "compilation": ({"compile": {}}, ["spec.compile.enabled"]),
@@ -267,4 +275,6 @@ SECTIONS = st.fixed_dictionaries(
 def test_parsing_what_was_dumped_gives_the_same_spec(changes: dict[str, Any]) -> None:
     spec = make_job(**changes).spec
     assert parse_spec(spec.as_json()) == spec
+    assert with_defaults(spec.as_json()) == spec.as_json()
+    assert check_spec(spec.as_json()) == check_rules(spec.as_json()) == ()
     assert FineTuneJobSpec.model_validate_json(spec.model_dump_json(by_alias=True)) == spec

@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_model
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from finetune_trainer import contract, stage
-from finetune_trainer.artifacts import ArtifactWriter, find_artifact, new_artifact, remove_artifact, verify_artifact
+from finetune_trainer.artifacts import find_artifact, remove_artifact, verify_artifact
 from finetune_trainer.contract import ExitCode, StageConfig
-from finetune_trainer.rows import IGNORED, DocumentSpool, write_rows
+from finetune_trainer.rows import IGNORED
 from finetune_trainer.tokenization import Encoder, load_tokenizer
 
 OUTPUT = "finetune/jobs/default/job/prepare-0123456789abcdef"
@@ -215,6 +213,37 @@ def test_loss_on_all_learns_all_but_the_first_token(base: Path, monkeypatch: pyt
 LONG = {"instruction": "x", "response": "q" * 200}
 
 
+def test_wrapped_takes_documents_longer_than_a_row_and_says_what_cuts_cost(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_records(base, [*map(dolly, range(60)), {"instruction": "x", "response": "ab " * 200}])
+    config = make_config(base, {"packing": "wrapped", "lossOn": "all"})
+    assert run(config, monkeypatch)["exitCode"] == ExitCode.SUCCESS
+    data = json.loads((config.output_path / "data.json").read_text())
+    for name, count in (("rows", data["documents"]), ("validation", data["validationDocuments"])):
+        rows = load_file(config.output_path / f"{name}.safetensors")
+        full = (rows["segment_ids"] > 0).sum(axis=1)
+        assert (full[:-1] == LENGTH).all()
+        found = documents(rows)
+        assert sum(tokens[0] == 0 for tokens, _ in found) == count
+        assert all(labels == [IGNORED, *tokens[1:]] for tokens, labels in found)
+        if name == "rows":
+            assert (data["tokens"], data["cuts"]) == (full.sum(), len(found) - count)
+            # with lossOn all each cut costs exactly the one token after it
+            assert data["unlearntAtCuts"] == data["cuts"] > 5
+            assert data["supervisedTokens"] == (rows["labels"] != IGNORED).sum()
+    assert f"{data['unlearntAtCuts']} tokens that begin a row there are not learnt" in capsys.readouterr().out
+
+
+def test_a_step_that_would_learn_nothing_is_told_before_training(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_records(base, [{"instruction": "ab " * 2000, "response": "y"}])
+    config = make_config(base, {"packing": "wrapped", "validationPercent": 0}, {"maxSteps": 30})
+    report = run(config, monkeypatch)
+    assert (report["exitCode"], report["reason"]) == (ExitCode.USER_ERROR, "NothingSupervised")
+    assert "no token of the 4 rows of step" in report["message"]
+    assert [path.name for path in config.output_path.parent.iterdir()] == []
+
+
 @pytest.mark.parametrize(
     ("record", "words"),
     [
@@ -263,7 +292,7 @@ def test_wrong_records_within_the_allowed_share_are_left_out_and_listed(
     ("dataset", "training", "reason", "words"),
     [
         pytest.param({"format": "chat"}, None, "InvalidStageConfig", "dataset.format is 'chat'", id="a later format"),
-        pytest.param({"packing": "wrapped"}, None, "InvalidStageConfig", "dataset.packing", id="a later packing"),
+        pytest.param({"packing": "greedy"}, None, "InvalidStageConfig", "dataset.packing", id="an unknown packing"),
         pytest.param({"lossOn": "some"}, None, "InvalidStageConfig", "dataset.lossOn", id="an unknown lossOn"),
         pytest.param(
             {"maxLength": True}, None, "InvalidStageConfig", "dataset.maxLength has the wrong type", id="a wrong type"
@@ -337,34 +366,6 @@ def test_the_program_needs_no_home_no_torch_and_no_writable_root(base: Path, tmp
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False False"
     assert done.stderr == ""
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lengths=st.lists(st.integers(2, 24), min_size=1, max_size=40), packing=st.sampled_from(["bestFit", "none"]))
-def test_rows_hold_every_token_once_and_in_order(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], packing: str
-) -> None:
-    from finetune_trainer.packing import pack_documents
-
-    folder = tmp_path_factory.mktemp("rows")
-    spool = DocumentSpool(folder)
-    contents, first = [], 10
-    for length in lengths:
-        contents.append(list(range(first, first + length)))
-        spool.add(contents[-1], [(1 + length // 3, length)])
-        first += length
-    rows = pack_documents(packing, lengths, 24)
-    with new_artifact(folder / "x", "prepare") as writer:
-        assert isinstance(writer, ArtifactWriter)
-        write_rows(writer, "rows.safetensors", spool, rows, row_length=24, pad=3)
-    spool.close()
-    tensors = load_file(folder / "x" / "rows.safetensors")
-    found = documents(tensors)
-    assert [tokens for tokens, _ in found] == [contents[number] for row in rows for number in row]
-    for tokens, labels in found:
-        learnt_from = 1 + len(tokens) // 3
-        assert labels == [IGNORED] * learnt_from + tokens[learnt_from:]
-    assert (tensors["input_ids"][tensors["segment_ids"] == 0] == 3).all()
 
 
 def test_evaluation_sees_the_very_tokens_of_training(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

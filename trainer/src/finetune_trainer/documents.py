@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import time
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from finetune_trainer.artifacts import read_manifest
 from finetune_trainer.errors import UserError
 from finetune_trainer.formats import Example, RecordError, build_example
 from finetune_trainer.records import Broken, read_records
 from finetune_trainer.rejections import Problem, Rejections
-from finetune_trainer.rows import DocumentSpool
+from finetune_trainer.spool import DocumentSpool
 from finetune_trainer.tokenization import Document, Encoder
 
 _BATCH = 1000
@@ -29,12 +30,10 @@ _PROGRESS_SECONDS = 5.0
 class Collected:
     """What came of reading a dataset.
 
-    `keys` is one 64-bit hash a document, of the seed and its text. `two_parts` counts the documents whose prompt and
-    completion had to be encoded apart.
+    `two_parts` counts the documents whose prompt and completion had to be encoded apart.
     """
 
     records: int
-    keys: array[int]
     two_parts: int
     rejections: Rejections
 
@@ -45,21 +44,23 @@ def collect_documents(
     spool: DocumentSpool,
     *,
     format_name: str,
-    max_length: int,
+    max_length: int | None,
     learn_prompt: bool,
     seed: int,
     rejections: Rejections,
 ) -> Collected:
     """Fill `spool` with every usable record of the dataset artifact, in the order of files and lines.
 
-    A document of more than `max_length` tokens is rejected, never cut. With `learn_prompt` labels cover the prompt too.
-    UserError when too many records are rejected or none is left.
+    A document of more than `max_length` tokens (None: any number is right) is rejected, never cut. With `learn_prompt`
+    labels cover the prompt too. A document's key in the spool is a hash of the seed and its text. Goes on after the
+    batches that the spool has from an earlier attempt. UserError when too many records are rejected or none is left.
     """
-    keys = array("Q")
-    records = two_parts = 0
+    records, two_parts = _take_over(spool, rejections)
+    listed = len(rejections.problems)
     said = time.monotonic()
-    for batch in _batches(dataset, format_name, rejections):
+    for batch in _batches(dataset, format_name, rejections, skip=records):
         records += len(batch)
+        before = two_parts
         usable = [(place, example) for place, example in batch if example is not None]
         documents = encoder.encode_examples([example for _, example in usable])
         for (place, example), document in zip(usable, documents, strict=True):
@@ -68,8 +69,11 @@ def collect_documents(
                 rejections.add(replace(place, found=found))
                 continue
             two_parts += document.was_split
-            spool.add(document.tokens, [(1 if learn_prompt else document.boundary, len(document.tokens))])
-            keys.append(_key(seed, example))
+            learnt = [(1 if learn_prompt else document.boundary, len(document.tokens))]
+            spool.add(document.tokens, learnt, _key(seed, example))
+        problems = [vars(problem) for problem in rejections.problems[listed:]]
+        listed += len(problems)
+        spool.commit({"records": len(batch), "twoParts": two_parts - before, "problems": problems})
         if time.monotonic() - said > _PROGRESS_SECONDS:
             said = time.monotonic()
             print(f"read {records} records, encoded {len(spool)}, rejected {len(rejections.problems)}", flush=True)
@@ -83,35 +87,53 @@ def collect_documents(
             "beginning of the completion",
             flush=True,
         )
-    return Collected(records, keys, two_parts, rejections)
+    return Collected(records, two_parts, rejections)
 
 
-def _batches(dataset: Path, format_name: str, rejections: Rejections) -> Iterator[list[tuple[Problem, Example | None]]]:
-    """Every record's place with its example, or None where it was rejected. A place is a Problem without `found`."""
+def _take_over(spool: DocumentSpool, rejections: Rejections) -> tuple[int, int]:
+    """Records that an earlier attempt has read, and its documents in two parts; its problems go to `rejections`."""
+    notes: list[dict[str, Any]] = spool.notes
+    for note in notes:
+        for problem in note["problems"]:
+            rejections.add(Problem(**problem))
+    records = sum(note["records"] for note in notes)
+    if records:
+        print(f"an earlier attempt has read {records} records: going on after its {len(spool)} documents", flush=True)
+    return records, sum(note["twoParts"] for note in notes)
+
+
+def _batches(
+    dataset: Path, format_name: str, rejections: Rejections, *, skip: int
+) -> Iterator[list[tuple[Problem, Example | None]]]:
+    """Each record's place with its example, or None where it was rejected, after the first `skip` records.
+
+    A place is a Problem without `found`.
+    """
     batch: list[tuple[Problem, Example | None]] = []
-    for entry in read_manifest(dataset).files:
-        for record in read_records(dataset / entry.path, entry.path):
-            place = Problem(record.file, record.line, field="", found="")
-            example = None
-            if isinstance(record, Broken):
-                rejections.add(replace(place, found=record.found))
-            else:
-                try:
-                    example = build_example(format_name, record.value)
-                except RecordError as error:
-                    rejections.add(replace(place, field=error.field, found=error.found))
-            batch.append((place, example))
-            if len(batch) == _BATCH:
-                yield batch
-                batch = []
+    files = read_manifest(dataset).files
+    records = (record for entry in files for record in read_records(dataset / entry.path, entry.path))
+    for record in islice(records, skip, None):
+        place = Problem(record.file, record.line, field="", found="")
+        example = None
+        if isinstance(record, Broken):
+            rejections.add(replace(place, found=record.found))
+        else:
+            try:
+                example = build_example(format_name, record.value)
+            except RecordError as error:
+                rejections.add(replace(place, field=error.field, found=error.found))
+        batch.append((place, example))
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
     yield batch
 
 
-def _problem_of(document: Document, max_length: int) -> str:
+def _problem_of(document: Document, max_length: int | None) -> str:
     """Why a document cannot be used; "" when it can."""
     if document.double_bos:
         return "the prompt begins with the beginning-of-sequence token that the tokenizer adds itself: remove it"
-    if len(document.tokens) > max_length:
+    if max_length is not None and len(document.tokens) > max_length:
         return f"{len(document.tokens)} tokens, maxLength is {max_length}"
     return ""
 

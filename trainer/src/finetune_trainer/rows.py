@@ -1,118 +1,113 @@
 """The files of prepare's artifact that hold tokens: rows.safetensors, validation.safetensors, order.safetensors.
 
-Documents are spooled to a temporary file while they are tokenised and written out row by row, so memory does not grow
-with the dataset beyond a few numbers a document. train and evaluate read the files by the names and dtypes given here.
+Rows are gathered from the spool some at a time, so memory does not grow with the dataset beyond a few numbers a
+document. train and evaluate read the files by the names and dtypes given here.
 
     rows, validation   input_ids, labels, position_ids, segment_ids: int32 (rows, row_length)
                        labels: IGNORED where nothing is learnt, else the token itself (the loss shifts by one)
-                       segment_ids: 0 for padding, else the document's number in its row, from 1
-                       position_ids: restart at 0 with each document, 0 for padding
+                       segment_ids: 0 for padding, else the piece's number in its row, from 1
+                       position_ids: restart at 0 with each piece, 0 for padding
     order              order: int32 (max_steps * global_batch_size,), row numbers in the order training reads them
+
+A piece is a document, or the part of one that stands in this row (packing.PackedRows). The first token of a piece has
+no predecessor in its row to be predicted from, so it is never a label.
 """
 
 from __future__ import annotations
 
-import tempfile
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import IO
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from finetune_trainer.artifacts import ArtifactWriter
+from finetune_trainer.packing import Numbers, PackedRows
 from finetune_trainer.safetensors_stream import SafetensorsWriter, TensorPlan
+from finetune_trainer.spool import IGNORED, DocumentSpool, Tokens, split
 
 ROWS_FILE = "rows.safetensors"
 VALIDATION_FILE = "validation.safetensors"
 ORDER_FILE = "order.safetensors"
-IGNORED = -100
 
 _INT32 = "I32"
-_ROWS_AT_ONCE = 256
-
-Tokens = npt.NDArray[np.int32]
-_Fill = Callable[[int, int], "Tokens | int | range"]
+_POSITIONS_AT_ONCE = 1 << 18
 
 
-class DocumentSpool:
-    """Documents in a temporary file under `folder`, which has no name and goes with the process."""
+@dataclass(frozen=True)
+class _Block:
+    """Some rows one after the other: t tokens, p pieces. `filled` is (rows, row_length), true where a token stands.
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close()
-        self._offsets = array("q", [0])
-        self._learnt = array("i")
-        self._learnt_offsets = array("q", [0])
-        self._tokens: Tokens | None = None
+    Of each piece: `sizes`, `starts` (its first of the t tokens), `sources` (its first in the spool's `stored`) and
+    `numbers` (from 1 in its row), all (p,).
+    """
 
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
+    filled: npt.NDArray[np.bool_]
+    sizes: Numbers
+    starts: Numbers
+    sources: Numbers
+    numbers: Numbers
 
-    def add(self, tokens: Sequence[int], learnt: Iterable[tuple[int, int]]) -> None:
-        """Append a document. `learnt` are the ranges (first, end) of the tokens that are labels, ascending, from 1 on.
+    def stored(self, spool: DocumentSpool) -> Tokens:
+        """(t,) of the spool."""
+        stored: Tokens = spool.stored[self._spread(self.sources - self.starts) + np.arange(self.sizes.sum())]
+        return stored
 
-        The first token of a document is never a label: in a packed row it would be learnt from the document before.
-        """
-        self._file.write(np.asarray(tokens, dtype="<i4").tobytes())
-        self._offsets.append(self._offsets[-1] + len(tokens))
-        for first, end in learnt:
-            self._learnt.extend((first, end))
-        self._learnt_offsets.append(len(self._learnt))
+    def tokens(self, spool: DocumentSpool) -> Tokens:
+        return split(self.stored(spool))[0]
 
-    def length(self, number: int) -> int:
-        return self._offsets[number + 1] - self._offsets[number]
+    def labels(self, spool: DocumentSpool) -> Tokens:
+        labels = split(self.stored(spool))[1]
+        labels[self.starts] = IGNORED
+        return labels
 
-    def learnt(self, number: int) -> list[tuple[int, int]]:
-        """The ranges of the document's tokens that are labels, as add() got them."""
-        numbers = self._learnt[self._learnt_offsets[number] : self._learnt_offsets[number + 1]]
-        return list(zip(numbers[::2], numbers[1::2], strict=True))
+    def positions(self, _spool: DocumentSpool) -> Numbers:
+        return np.arange(self.sizes.sum()) - self._spread(self.starts)
 
-    def supervised(self, number: int) -> int:
-        """Tokens of the document that are learnt."""
-        return sum(end - first for first, end in self.learnt(number))
+    def segments(self, _spool: DocumentSpool) -> Numbers:
+        return self._spread(self.numbers)
 
-    def tokens(self, number: int) -> Tokens:
-        """(length,) int32. After the first call nothing can be added."""
-        if self._tokens is None:
-            self._file.flush()
-            empty = self._offsets[-1] == 0
-            self._tokens = np.empty(0, "<i4") if empty else np.memmap(self._file, dtype="<i4", mode="r")
-        return self._tokens[self._offsets[number] : self._offsets[number + 1]]
+    def _spread(self, values: Numbers) -> Numbers:
+        return np.repeat(values, self.sizes)
 
-    def labels(self, number: int) -> Tokens:
-        """(length,) int32: the token itself where it is learnt, IGNORED elsewhere."""
-        tokens = self.tokens(number)
-        values = np.full(len(tokens), IGNORED, dtype="<i4")
-        for first, end in self.learnt(number):
-            values[first:end] = tokens[first:end]
-        return values
 
-    def largest_token(self) -> int:
-        return max((int(self.tokens(number).max()) for number in range(len(self))), default=0)
-
-    def close(self) -> None:
-        self._tokens = None
-        self._file.close()
+_FILES: dict[str, Callable[[_Block, DocumentSpool], npt.NDArray[Any]]] = {
+    "input_ids": _Block.tokens,
+    "labels": _Block.labels,
+    "position_ids": _Block.positions,
+    "segment_ids": _Block.segments,
+}
 
 
 def write_rows(
-    writer: ArtifactWriter, name: str, spool: DocumentSpool, rows: Sequence[Sequence[int]], *, row_length: int, pad: int
+    writer: ArtifactWriter, name: str, spool: DocumentSpool, rows: PackedRows, *, row_length: int, pad: int
 ) -> None:
-    """Write `rows` (lists of document numbers of `spool`) as the file `name` of the artifact."""
-    fills: dict[str, tuple[int, _Fill]] = {
-        "input_ids": (pad, lambda number, _position: spool.tokens(number)),
-        "labels": (IGNORED, lambda number, _position: spool.labels(number)),
-        "position_ids": (0, lambda number, _position: range(spool.length(number))),
-        "segment_ids": (0, lambda _number, position: position + 1),
-    }
+    """Write `rows` of documents of `spool` as the file `name` of the artifact."""
+    padding = {"input_ids": pad, "labels": IGNORED}
+
+    def chunks(key: str) -> Iterator[memoryview]:
+        for block in _blocks(spool, rows, row_length):
+            values = np.full(block.filled.shape, padding.get(key, 0), dtype="<i4")
+            values[block.filled] = _FILES[key](block, spool)
+            yield values.data.cast("B")
+
     _write(
         writer,
         name,
-        [TensorPlan(key, _INT32, (len(rows), row_length)) for key in fills],
-        {key: _row_bytes(spool, rows, row_length, padding, fill) for key, (padding, fill) in fills.items()},
+        [TensorPlan(key, _INT32, (len(rows), row_length)) for key in _FILES],
+        {key: chunks(key) for key in _FILES},
     )
+
+
+def count_supervised(spool: DocumentSpool, rows: PackedRows, row_length: int) -> Numbers:
+    """(rows,) how many tokens of each row are labels."""
+    counts = [np.zeros(0, dtype=np.int64)]
+    for block in _blocks(spool, rows, row_length):
+        learnt = np.zeros(block.filled.shape, dtype=np.bool_)
+        learnt[block.filled] = block.labels(spool) != IGNORED
+        counts.append(learnt.sum(axis=1))
+    return np.concatenate(counts)
 
 
 def write_order(writer: ArtifactWriter, order: Iterable[Tokens], count: int) -> None:
@@ -121,24 +116,28 @@ def write_order(writer: ArtifactWriter, order: Iterable[Tokens], count: int) -> 
     _write(writer, ORDER_FILE, [TensorPlan("order", _INT32, (count,))], {"order": chunks})
 
 
-def _write(writer: ArtifactWriter, name: str, plan: list[TensorPlan], contents: dict[str, Iterator[bytes]]) -> None:
+def _write(
+    writer: ArtifactWriter, name: str, plan: list[TensorPlan], contents: dict[str, Iterator[bytes | memoryview]]
+) -> None:
     with SafetensorsWriter(writer.folder / name, plan, {}) as file:
         for key, chunks in contents.items():
             file.write(key, chunks)
     writer.record(name, file.size, file.sha256)
 
 
-def _row_bytes(
-    spool: DocumentSpool, rows: Sequence[Sequence[int]], row_length: int, padding: int, fill: _Fill
-) -> Iterator[bytes]:
-    """One tensor of a rows file in pieces of some rows: `padding` where no document is."""
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        some = rows[start : start + _ROWS_AT_ONCE]
-        values = np.full((len(some), row_length), padding, dtype="<i4")  # (rows, row_length)
-        for row, numbers in zip(values, some, strict=True):
-            begin = 0
-            for position, number in enumerate(numbers):
-                end = begin + spool.length(number)
-                row[begin:end] = fill(number, position)
-                begin = end
-        yield values.tobytes()
+def _blocks(spool: DocumentSpool, rows: PackedRows, row_length: int) -> Iterator[_Block]:
+    at_once = max(1, _POSITIONS_AT_ONCE // row_length)
+    for start in range(0, len(rows), at_once):
+        bounds = rows.starts[start : start + at_once + 1]  # of pieces
+        pieces = slice(int(bounds[0]), int(bounds[-1]))
+        begins = rows.begins[pieces]
+        sizes = rows.ends[pieces] - begins
+        ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
+        used = ends[bounds[1:] - bounds[0]] - ends[bounds[:-1] - bounds[0]]  # tokens of each row
+        yield _Block(
+            filled=np.arange(row_length) < used[:, None],
+            sizes=sizes,
+            starts=ends[:-1],
+            sources=spool.offsets[rows.documents[pieces]] + begins,
+            numbers=np.arange(1, len(sizes) + 1) - np.repeat(bounds[:-1] - bounds[0], np.diff(bounds)),
+        )

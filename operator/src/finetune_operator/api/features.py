@@ -39,8 +39,6 @@ def _unavailable(
     if spec.dataset.format not in _AVAILABLE_FORMATS:
         formats = f"use {', '.join(_AVAILABLE_FORMATS[:-1])} or {_AVAILABLE_FORMATS[-1]}"
         yield "dataset.format", spec.dataset.format, release, formats
-    if spec.dataset.packing == "wrapped":
-        yield "dataset.packing", spec.dataset.packing, release, "use bestFit or none"
     if spec.method.type == "full":
         yield "method.type", spec.method.type, release, "use lora"
     if spec.method.quantization != "none":

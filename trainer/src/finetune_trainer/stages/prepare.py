@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from finetune_trainer import formats, packing, rows
 from finetune_trainer.artifacts import artifact_ref, new_artifact
 from finetune_trainer.contract import (
@@ -23,6 +25,7 @@ from finetune_trainer.contract import (
     MODEL_INPUT,
     MODEL_TOKEN_SECRET,
     MODELS_FOLDER,
+    ArtifactRef,
     ContractError,
     Report,
     StageConfig,
@@ -35,6 +38,7 @@ from finetune_trainer.rejections import Rejections
 from finetune_trainer.sources import open_source
 from finetune_trainer.sources.datasets import fetch_dataset
 from finetune_trainer.sources.models import fetch_model
+from finetune_trainer.spool import DocumentSpool
 from finetune_trainer.stage import finished_report, keep_report
 from finetune_trainer.tokenization import Encoder, load_tokenizer
 
@@ -148,21 +152,20 @@ def run(config: StageConfig) -> Report:
     artifacts = {MODEL_INPUT: artifact_ref(workspace, model), DATASET_INPUT: artifact_ref(workspace, dataset)}
     encoder = Encoder(load_tokenizer(model, trust_remote_code=args.trust_remote_code))
     _check_length(model, args.max_length)
-    spool = rows.DocumentSpool(config.output_path.parent)
-    try:
+    with _open_spool(config, artifacts) as spool:
         read = collect_documents(
             dataset,
             encoder,
             spool,
             format_name=args.format,
-            max_length=args.max_length,
+            max_length=None if args.packing == packing.WRAPPED else args.max_length,
             learn_prompt=args.loss_on == ALL,
             seed=args.seed,
             rejections=Rejections(args.max_rejected_percent),
         )
         _check_vocabulary(model, spool.largest_token())
         with new_artifact(config.output_path, config.stage) as writer:
-            plan = _plan(args, spool, read)
+            plan = _plan(args, spool)
             pad = _padding_token(model, encoder)
             for name, some in ((rows.ROWS_FILE, plan.rows), (rows.VALIDATION_FILE, plan.validation_rows)):
                 rows.write_rows(writer, name, spool, some, row_length=args.max_length, pad=pad)
@@ -171,43 +174,63 @@ def run(config: StageConfig) -> Report:
             data = _describe(args, plan, encoder, read)
             writer.write(DATA_FILE, canonical_json(data))
             writer.write(REJECTED_FILE, read.rejections.as_lines())
-            writer.versions.update({name: importlib.metadata.version(name) for name in ("transformers", "tokenizers")})
+            writer.versions.update(_versions())
             keep_report(writer, _metrics(data, model), artifacts)
-    finally:
-        spool.close()
     return finished_report(config)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Documents by row, for training and validation, and the job's number of optimizer steps."""
+    """What stands in the rows, for training and validation, and the job's number of optimizer steps.
 
-    rows: list[list[int]]
-    validation_rows: list[list[int]]
+    `unlearnt_at_cuts` counts tokens that are learnt where their document is whole: with packing wrapped the first of a
+    row has no predecessor in it.
+    """
+
+    rows: packing.PackedRows
+    validation_rows: packing.PackedRows
     steps: int
     tokens: int
     supervised: int
     documents: int
     validation_documents: int
+    unlearnt_at_cuts: int
 
 
-def _plan(args: Args, spool: rows.DocumentSpool, read: Collected) -> _Plan:
-    training, held_out = packing.split_validation(read.keys, args.validation_percent)
-    if not training:
+def _open_spool(config: StageConfig, artifacts: Mapping[str, ArtifactRef]) -> DocumentSpool:
+    """Tokenised documents beside the output; an attempt before this one left them there if it was killed."""
+    key = {
+        "spec": config.spec,
+        "inputs": {name: ref.digest for name, ref in artifacts.items()},
+        "versions": _versions(),
+    }
+    return DocumentSpool(config.output_path.with_name(f".{config.output_path.name}.spool"), key)
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers")}
+
+
+def _plan(args: Args, spool: DocumentSpool) -> _Plan:
+    training, held_out = packing.split_validation(spool.keys, args.validation_percent)
+    if not len(training):
         raise UserError(
             "NoDocuments",
             f"validationPercent {args.validation_percent} of {len(spool)} documents leaves none to train on: lower it",
         )
     packed = _pack(args, spool, training)
     steps = packing.count_steps(len(packed), args.global_batch_size, max_steps=args.max_steps, epochs=args.epochs)
+    supervised = rows.count_supervised(spool, packed, args.max_length)
+    _check_steps(args, supervised, steps)
     plan = _Plan(
         rows=packed,
         validation_rows=_pack(args, spool, held_out),
         steps=steps,
-        tokens=sum(spool.length(number) for number in training),
-        supervised=sum(spool.supervised(number) for number in training),
+        tokens=packed.tokens,
+        supervised=int(supervised.sum()),
         documents=len(training),
         validation_documents=len(held_out),
+        unlearnt_at_cuts=int(spool.supervised_counts[training].sum() - supervised.sum()),
     )
     print(
         f"{plan.documents} documents of {plan.tokens} tokens, {plan.supervised} of them learnt, in {len(plan.rows)} "
@@ -217,13 +240,38 @@ def _plan(args: Args, spool: rows.DocumentSpool, read: Collected) -> _Plan:
         f"{steps * args.global_batch_size / len(plan.rows):.3f} epochs",
         flush=True,
     )
+    if plan.rows.cuts:
+        print(
+            f"documents are cut at {plan.rows.cuts} row ends; {plan.unlearnt_at_cuts} tokens that begin a row there "
+            "are not learnt, since what they follow is in the row before",
+            flush=True,
+        )
     return plan
 
 
-def _pack(args: Args, spool: rows.DocumentSpool, numbers: list[int]) -> list[list[int]]:
-    lengths = [spool.length(number) for number in numbers]
-    packed = packing.pack_documents(args.packing, lengths, args.max_length)
-    return [[numbers[index] for index in row] for row in packed]
+def _pack(args: Args, spool: DocumentSpool, numbers: packing.Numbers) -> packing.PackedRows:
+    return packing.pack_documents(args.packing, spool.lengths[numbers], args.max_length, numbers)
+
+
+def _check_steps(args: Args, supervised: packing.Numbers, steps: int) -> None:
+    """UserError when a step would learn nothing: with wrapped a row may be all prompt."""
+    if supervised.all():
+        return
+    count, step = steps * args.global_batch_size, 0
+    rest = np.zeros(0, dtype=np.int32)
+    for part in packing.iterate_order(len(supervised), count, args.seed):
+        order = np.concatenate([rest, part])
+        whole = len(order) // args.global_batch_size
+        batches = order[: whole * args.global_batch_size].reshape(whole, args.global_batch_size)
+        empty = np.flatnonzero(supervised[batches].sum(axis=1) == 0)
+        if len(empty):
+            raise UserError(
+                "NothingSupervised",
+                f"no token of the {args.global_batch_size} rows of step {step + int(empty[0]) + 1} is learnt: prompts "
+                f"of {args.max_length} tokens and more fill {np.count_nonzero(supervised == 0)} of {len(supervised)} "
+                "rows; raise spec.dataset.maxLength or the batch, or use packing bestFit",
+            )
+        step, rest = step + whole, order[whole * args.global_batch_size :]
 
 
 def _describe(args: Args, plan: _Plan, encoder: Encoder, read: Collected) -> dict[str, Any]:
@@ -241,6 +289,8 @@ def _describe(args: Args, plan: _Plan, encoder: Encoder, read: Collected) -> dic
         "documents": plan.documents,
         "tokens": plan.tokens,
         "supervisedTokens": plan.supervised,
+        "cuts": plan.rows.cuts,
+        "unlearntAtCuts": plan.unlearnt_at_cuts,
         "validationRows": len(plan.validation_rows),
         "validationDocuments": plan.validation_documents,
         "records": read.records,
