@@ -163,6 +163,36 @@ def test_the_same_stage_config_gives_the_same_bytes(base: Path, monkeypatch: pyt
     assert run(config, monkeypatch)["reused"] is True
 
 
+def test_a_prepare_that_is_killed_goes_on_where_it_was_and_ends_in_the_same_bytes(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finetune_trainer import documents as documents_module
+
+    monkeypatch.setattr(documents_module, "_BATCH", 10)
+    write_records(base, [*map(dolly, range(25)), "{", *map(dolly, range(25, 60))])
+    config = make_config(base, {"maxRejectedPercent": 2})
+    uninterrupted = run(config, monkeypatch)
+    assert uninterrupted["exitCode"] == ExitCode.SUCCESS
+    remove_artifact(config.output_path)
+    program = (
+        "import os, signal, sys; from finetune_trainer import documents, spool, stage\n"
+        "documents._BATCH, commit = 10, spool.DocumentSpool.commit\n"
+        "def commit_then_die(self, note=None):\n"
+        "    commit(self, note)\n"
+        "    if len(self) == 39: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "spool.DocumentSpool.commit = commit_then_die\n"
+        f"stage.main(['prepare', '--config', {str(base / 'stage.json')!r}])"
+    )
+    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=90, check=False)
+    assert killed.returncode == -9, killed.stderr.decode()
+    assert find_artifact(config.output_path) is None
+    capsys.readouterr()
+    resumed = run(config, monkeypatch)
+    assert "an earlier attempt has read 40 records: going on after its 39 documents" in capsys.readouterr().out
+    assert resumed["artifacts"] == uninterrupted["artifacts"]
+    assert [path.name for path in config.output_path.parent.iterdir()] == [config.output_path.name]
+
+
 def test_a_lost_model_is_fetched_again_though_the_data_is_there(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(base)
     first = run(config, monkeypatch)
