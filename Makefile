@@ -86,13 +86,13 @@ golden: setup helm ## Rewrite tests/golden; review the diff
 	@$(CLUSTER_ENV); UPDATE_GOLDEN=1 $(PY) -m pytest -q tests/unit/finetune_operator tests/unit/chart -k golden
 
 .PHONY: generate
-generate: setup ## Regenerate crds/, docs/api.md and the chart's copies
+generate: setup ## Regenerate crds/, docs/api.md, spec_schema.json and the chart's copies
 	@$(PY) -m finetune_operator.api.crd .
 	@$(PY) hack/generate_chart.py
 
 .PHONY: verify
 verify: generate golden ## Regenerate everything and fail when that changes a tracked file
-	@git diff --exit-code -- crds docs charts tests/golden
+	@git diff --exit-code -- crds docs charts tests/golden trainer/src/finetune_trainer/spec_schema.json
 
 .PHONY: requirements
 requirements: setup ## Resolve requirements/*.in again (upgrades within the pins)

@@ -1,6 +1,7 @@
 """Wrong specs, each with the field that must be named and, for rules of our own, the message.
 
-Unit tests hold parse_job to this table, contract tests the API server: both have to refuse the same things.
+Unit tests hold parse_job and the trainer's check_spec to this table, contract tests the API server: all have to refuse
+the same things.
 """
 
 from __future__ import annotations
@@ -122,6 +123,68 @@ BAD_SPECS = (
             "accelerator": {"type": "neuron", "instanceType": "ml.trn1.32xlarge"},
         },
         "fsdp, which is for accelerator types cpu and cuda",
+    ),
+    BadSpec(
+        "a placeholder by position",
+        "spec.dataset.template.prompt",
+        {"dataset": {"format": "template", "template": {"prompt": "{}: ", "completion": "{answer}"}}},
+        "prompt must have each field of the record in single braces by its name alone",
+    ),
+    BadSpec(
+        "a brace that is not closed",
+        "spec.dataset.template.completion",
+        {"dataset": {"format": "template", "template": {"prompt": "{question}", "completion": "{answer"}}},
+        "a brace of its own doubled",
+    ),
+    BadSpec(
+        "a placeholder that formats",
+        "spec.dataset.template.prompt",
+        {"dataset": {"format": "template", "template": {"prompt": "{question!r:>10}", "completion": "{answer}"}}},
+        "by its name alone",
+    ),
+    BadSpec(
+        "a completion that is always the same",
+        "spec.dataset.template.completion",
+        {"dataset": {"format": "template", "template": {"prompt": "{question}", "completion": "{{answer}}"}}},
+        "without one every answer is the same",
+    ),
+    BadSpec(
+        "a module trained as a whole and by an adapter",
+        "spec.method.lora.modulesToSave",
+        {"method": {"lora": {"modulesToSave": ["lm_head", "v_proj"]}}},
+        "a module is trained as a whole or has an adapter",
+        ours="; remove v_proj from one of them",
+    ),
+    BadSpec(
+        "every linear layer trained as a whole",
+        "spec.method.lora.modulesToSave",
+        {"method": {"lora": {"modulesToSave": ["all-linear"]}}},
+        "and not all-linear",
+    ),
+    BadSpec(
+        "a context in a format without one",
+        "spec.evaluate.prompts",
+        {"dataset": {"format": "samsum"}, "evaluate": {"prompts": [{"text": "a"}, {"text": "b", "context": "c"}]}},
+        "dataset.format samsum has no place for one",
+        ours="; it is in prompts 1",
+    ),
+    BadSpec(
+        "quantized weights on Trainium",
+        "spec.method.quantization",
+        {
+            "method": {"quantization": "nf4"},
+            "accelerator": {"type": "neuron", "instanceType": "ml.trn1.32xlarge"},
+        },
+        "method.quantization is nf4, which is for accelerator types cpu and cuda",
+    ),
+    BadSpec(
+        "DoRA on Trainium",
+        "spec.method.lora.variant",
+        {
+            "method": {"lora": {"variant": "dora"}},
+            "accelerator": {"type": "neuron", "instanceType": "ml.trn1.32xlarge"},
+        },
+        "method.lora.variant is dora, which is for accelerator types cpu and cuda",
     ),
     BadSpec(
         "no target module",

@@ -314,23 +314,30 @@ def test_wrong_records_within_the_allowed_share_are_left_out_and_listed(
     listed = [json.loads(line) for line in (config.output_path / "rejected.jsonl").read_text().splitlines()]
     assert sorted(problem["line"] for problem in listed) == [98, 99, 100]
     remove_artifact(config.output_path)
-    refused = run(make_config(base, {"maxRejectedPercent": 2.9}), monkeypatch)
-    assert "3 of 100 records cannot be used, maxRejectedPercent is 2.9" in refused["message"]
+    refused = run(make_config(base, {"maxRejectedPercent": 2}), monkeypatch)
+    assert "3 of 100 records cannot be used, maxRejectedPercent is 2" in refused["message"]
 
 
 @pytest.mark.parametrize(
     ("dataset", "training", "reason", "words"),
     [
-        pytest.param({"format": "chat"}, None, "InvalidStageConfig", "dataset.format is 'chat'", id="a later format"),
-        pytest.param({"packing": "greedy"}, None, "InvalidStageConfig", "dataset.packing", id="an unknown packing"),
-        pytest.param({"lossOn": "some"}, None, "InvalidStageConfig", "dataset.lossOn", id="an unknown lossOn"),
+        pytest.param({"format": "chat"}, None, "InvalidSpec", "spec.dataset.format: must be", id="an unknown format"),
+        pytest.param({"packing": "greedy"}, None, "InvalidSpec", "spec.dataset.packing", id="an unknown packing"),
+        pytest.param({"lossOn": "some"}, None, "InvalidSpec", "spec.dataset.lossOn", id="an unknown lossOn"),
+        pytest.param({"maxLength": True}, None, "InvalidSpec", "maxLength: must be a whole number", id="a wrong type"),
         pytest.param(
-            {"maxLength": True}, None, "InvalidStageConfig", "dataset.maxLength has the wrong type", id="a wrong type"
+            {"maxLength": 0}, None, "InvalidSpec", "spec.dataset.maxLength: must be at least 16", id="no length"
         ),
-        pytest.param({"maxLength": 0}, None, "InvalidStageConfig", "dataset.maxLength is 0", id="no length"),
-        pytest.param({"format": None}, None, "InvalidStageConfig", "dataset.format is missing", id="no format"),
-        pytest.param({}, {"maxSteps": 1, "epochs": 1}, "InvalidStageConfig", "got 1 and 1", id="steps and epochs"),
-        pytest.param({}, {"seed": 1}, "InvalidStageConfig", "got None and None", id="neither steps nor epochs"),
+        pytest.param({"format": None}, None, "InvalidSpec", "spec.dataset.format: format is required", id="no format"),
+        pytest.param({}, {"maxSteps": 1, "epochs": 1}, "InvalidSpec", "exactly one of", id="steps and epochs"),
+        pytest.param({}, {"seed": 1}, "InvalidSpec", "exactly one of", id="neither steps nor epochs"),
+        pytest.param(
+            {"format": "chat", "maxLength": 0, "source": "data"},
+            {"maxSteps": 0},
+            "InvalidSpec",
+            "spec.training.maxSteps: must be at least 1, is 0",
+            id="the last of four mistakes that are told at once",
+        ),
         pytest.param(
             {"maxLength": 512}, None, "MaxLengthTooLong", "the model has 256 positions", id="longer than the model"
         ),

@@ -177,7 +177,7 @@ def test_a_terminated_stage_reports_and_cleans_up(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # a hub that takes a request and never answers
         spec = {
             "model": {"source": "hf://org/base"},
-            "dataset": {"source": "hf://org/data", "format": "dolly", "maxLength": 8},
+            "dataset": {"source": "hf://org/data", "format": "dolly", "maxLength": 16},
             "training": {"maxSteps": 1},
         }
         stage_config = config(tmp_path, spec=spec, parallelism={"globalBatchSize": 1})

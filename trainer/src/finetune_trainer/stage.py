@@ -26,6 +26,7 @@ from finetune_trainer import contract
 from finetune_trainer.artifacts import ArtifactWriter, artifact_ref, find_artifact, read_manifest, remove_artifact
 from finetune_trainer.contract import ArtifactRef, ContractError, ExitCode, Report, StageConfig
 from finetune_trainer.errors import DeviceOutOfMemory, HostOutOfMemory, RetryableError, StageError, UserError
+from finetune_trainer.spec_checks import Problem, check_parallelism, check_part
 
 VOLATILE_METRICS = frozenset({"seconds", "tokensPerSecond", "resumedFromStep"})
 """Metrics that differ between equal runs: for the report only, a manifest's digest must not depend on them."""
@@ -95,6 +96,18 @@ def reusable_report(config: StageConfig) -> Report | None:
             remove_artifact(config.output_path)
             return None
     return report
+
+
+def check_config(config: StageConfig) -> None:
+    """UserError with everything that is wrong with the stage's part of the spec and its sizes; before any work."""
+    cut = ("training",) if config.stage == contract.PREPARE else ()
+    refuse([*check_part(config.spec, cut), *check_parallelism(config.parallelism)])
+
+
+def refuse(problems: Sequence[Problem]) -> None:
+    """UserError InvalidSpec that lists all `problems`; nothing where there are none."""
+    if problems:
+        raise UserError("InvalidSpec", "; ".join(str(problem) for problem in problems))
 
 
 def describe(config: StageConfig) -> str:
@@ -214,6 +227,7 @@ def _run(stage: str, config_path: str) -> Report:
     if report is not None:
         print(f"{config.output} is already complete: nothing to do", flush=True)
         return report
+    check_config(config)
     module = f"finetune_trainer.stages.{stage}"
     try:
         run = importlib.import_module(module).run

@@ -1,11 +1,12 @@
-"""Writes crds/*.yaml and docs/api.md from the typed models: `python -m finetune_operator.api.crd [REPOSITORY]`.
+"""Writes crds/*.yaml, docs/api.md and the trainer's spec_schema.json from the typed models.
 
-Called by `make generate`; a test compares its output with the files. Nothing here describes a field: that is spec.py's
-and status.py's.
+`python -m finetune_operator.api.crd [REPOSITORY]`, called by `make generate`; a test compares its output with the
+files. Nothing here describes a field: that is spec.py's and status.py's.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 import yaml
 
 from finetune_operator.api import constants, reference
-from finetune_operator.api.schema import object_schema
+from finetune_operator.api.schema import object_schema, spec_schema
+from finetune_trainer.spec_checks import SCHEMA_FILE
 
 _HEADER = "# Generated from operator/src/finetune_operator/api by `make generate`; edit there.\n"
 
@@ -87,6 +89,7 @@ def generated_files() -> Mapping[str, str]:
     return {
         f"crds/{constants.GROUP}_{constants.PLURAL}.yaml": _HEADER + text,
         "docs/api.md": reference.markdown(definition),
+        f"trainer/src/finetune_trainer/{SCHEMA_FILE}": json.dumps(spec_schema(), separators=(",", ":")) + "\n",
     }
 
 

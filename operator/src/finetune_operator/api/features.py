@@ -43,10 +43,6 @@ def _unavailable(
         yield "method.type", spec.method.type, release, "use lora"
     if spec.method.quantization != "none":
         yield "method.quantization", spec.method.quantization, release, "use none"
-    if spec.parallelism.strategy == "fsdp":
-        yield "parallelism.strategy", spec.parallelism.strategy, release, "use ddp"
-    if spec.training.gradient_checkpointing:
-        yield "training.gradientCheckpointing", "true", release, "use false"
     if spec.merge.precision != "base":
         yield "merge.precision", spec.merge.precision, release, "use base"
     if spec.method.lora is not None and "all-linear" in spec.method.lora.target_modules:

@@ -7,24 +7,22 @@ clock.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from finetune_operator.api.constants import API_VERSION, KIND, MAX_JOB_NAME_LENGTH
 from finetune_operator.api.features import unavailable_features
-from finetune_operator.api.model import Model
 from finetune_operator.api.problems import Problem, SpecError
-from finetune_operator.api.rules import NAME_MESSAGE, NAME_PATTERN, broken_rules
+from finetune_operator.api.rules import NAME_MESSAGE, NAME_PATTERN
 from finetune_operator.api.spec import FineTuneJobSpec
 from finetune_operator.api.status import FineTuneJobStatus
+from finetune_trainer.spec_checks import check_rules, check_spec
 
 __all__ = [
     "FineTuneJob",
@@ -82,23 +80,19 @@ def parse_job(body: Mapping[str, Any]) -> FineTuneJob:
 
 
 def parse_spec(value: Any) -> FineTuneJobSpec:
-    """The spec in `value`; SpecError with every problem, rules across fields too where the fields themselves parse."""
+    """The spec in `value`; SpecError with every problem that finetune_trainer.spec_checks finds."""
     if not isinstance(value, Mapping):
-        raise SpecError([Problem("spec", value, "spec is required and must be an object")])
-    plain = json.loads(_as_json_text(value))
-    problems: list[Problem] = []
+        raise SpecError(check_spec(value))
+    text = _as_json_text(value)
     try:
-        spec = FineTuneJobSpec.model_validate_json(_as_json_text(plain))
+        # The models parse fast and check types and bounds on the way; what they refuse is told by the common checks.
+        spec = FineTuneJobSpec.model_validate_json(text)
+        problems = check_rules(spec.as_json())
     except ValidationError as error:
-        problems.extend(_explain(detail, plain) for detail in error.errors(include_url=False))
-    else:
-        problems.extend(problem for model, path in _walk(spec, "spec") for problem in broken_rules(model, path))
-        if not problems:
-            return spec
-    if not any(problem.field == "spec" for problem in problems):
-        known = {(problem.field, problem.message) for problem in problems}
-        problems.extend(p for p in _rules_of_parts(FineTuneJobSpec, plain, "spec") if (p.field, p.message) not in known)
-    raise SpecError(problems)
+        problems = check_spec(json.loads(text)) or tuple(_explain(detail) for detail in error.errors(include_url=False))
+    if problems:
+        raise SpecError(problems)
+    return spec
 
 
 def parse_status(value: Any) -> FineTuneJobStatus:
@@ -128,122 +122,7 @@ def _identity_problems(body: Mapping[str, Any], metadata: Mapping[str, Any]) -> 
         yield Problem("metadata.name", name, NAME_MESSAGE)
 
 
-def _walk(model: Model, path: str) -> Iterator[tuple[Model, str]]:
-    """`model` and every model below it with its path; list entries as path[0]."""
-    yield model, path
-    for name, field in type(model).model_fields.items():
-        value = getattr(model, name)
-        below = f"{path}.{field.alias or name}"
-        if isinstance(value, Model):
-            yield from _walk(value, below)
-        elif isinstance(value, tuple):
-            for position, entry in enumerate(value):
-                if isinstance(entry, Model):
-                    yield from _walk(entry, f"{below}[{position}]")
-
-
-def _rules_of_parts(kind: type[Model], value: Any, path: str) -> Iterator[Problem]:
-    """The broken rules of those parts of a spec that parse by themselves, where the whole does not."""
-    if not isinstance(value, Mapping):
-        return
-    try:
-        parsed = kind.model_validate_json(_as_json_text(value))
-    except ValidationError:
-        for name, field in kind.model_fields.items():
-            alias = field.alias or name
-            part = _model_in(field.annotation)
-            if part is None or alias not in value:
-                continue
-            entries = value[alias]
-            if isinstance(entries, list):
-                for position, entry in enumerate(entries):
-                    yield from _rules_of_parts(part, entry, f"{path}.{alias}[{position}]")
-            else:
-                yield from _rules_of_parts(part, entries, f"{path}.{alias}")
-    else:
-        for model, below in _walk(parsed, path):
-            yield from broken_rules(model, below)
-
-
-def _model_in(annotation: Any) -> type[Model] | None:
-    """The model class inside X, X | None, tuple[X, ...] or an annotated form of these."""
-    if isinstance(annotation, type) and issubclass(annotation, Model):
-        return annotation
-    if get_origin(annotation) in (Union, UnionType, tuple) or hasattr(annotation, "__metadata__"):
-        return next((model for model in map(_model_in, get_args(annotation)) if model is not None), None)
-    return None
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    path = "spec"
-    for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return path
-
-
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the object at `location` in the spec; empty where it is no model."""
-    kind: type[Model] | None = FineTuneJobSpec
-    for part in location:
-        if kind is None:
-            return []
-        if isinstance(part, int):
-            continue
-        fields = {field.alias or name: field for name, field in kind.model_fields.items()}
-        kind = _model_in(fields[part].annotation) if part in fields else None
-    return [field.alias or name for name, field in kind.model_fields.items()] if kind is not None else []
-
-
-_KINDS = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "dict_type": "a map",
-    "model_type": "an object",
-    "model_attributes_type": "an object",
-}
-
-
-def _explain(detail: ErrorDetails, spec: Any) -> Problem:
-    """A Problem in the words of the API for one error of the model library."""
-    location = detail["loc"]
-    # Keys of a map are reported under a "[key]" element that no user wrote.
-    location = tuple(part for part in location if part != "[key]")
-    path, name = _path(location), str(location[-1]) if location else "spec"
-    given, context, kind = detail["input"], detail.get("ctx") or {}, detail["type"]
-    if kind == "missing":
-        return Problem(path, None, f"{name} is required: set {path}")
-    if kind == "extra_forbidden":
-        fields = _fields_at(location[:-1])
-        close = difflib.get_close_matches(name, fields, n=1)
-        remedy = f"did you mean {close[0]}?" if close else f"fields here are {', '.join(fields)}"
-        return Problem(path, given, f"there is no field {name}: {remedy}")
-    if kind == "literal_error":
-        close = difflib.get_close_matches(str(given), re.findall(r"'([^']*)'", str(context["expected"])), n=1)
-        remedy = f"; did you mean {close[0]!r}?" if close else ""
-        return Problem(path, given, f"must be {context['expected']}, is {given!r}{remedy}")
-    if kind in _KINDS:
-        number = kind in ("int_type", "float_type") and isinstance(given, str)
-        remedy = ": write it without quotes, and an exponent with a point, as in 2.0e-5" if number else ""
-        return Problem(path, given, f"must be {_KINDS[kind]}, is {given!r}{remedy}")
-    bounds = {
-        "greater_than": ("gt", "more than"),
-        "greater_than_equal": ("ge", "at least"),
-        "less_than": ("lt", "less than"),
-        "less_than_equal": ("le", "at most"),
-    }
-    if kind in bounds:
-        key, words = bounds[kind]
-        return Problem(path, given, f"must be {words} {context[key]}, is {given!r}")
-    if kind in ("string_too_long", "too_long"):
-        unit = "characters" if kind == "string_too_long" else "entries"
-        return Problem(path, given, f"must have at most {context['max_length']} {unit}, has {len(given)}")
-    if kind in ("string_too_short", "too_short"):
-        unit = "characters" if kind == "string_too_short" else "entries"
-        return Problem(path, given, f"must have at least {context['min_length']} {unit}, has {len(given)}")
-    if kind == "string_pattern_mismatch":
-        return Problem(path, given, f"must match {context['pattern']}, is {given!r}")
-    return Problem(path, given, f"{detail['msg']}, is {given!r}")
+def _explain(detail: ErrorDetails) -> Problem:
+    """A Problem in the words of the model library, for what only that finds: a null where a default would stand."""
+    path = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"])
+    return Problem(path, detail["input"], f"{detail['msg']}, is {detail['input']!r}")

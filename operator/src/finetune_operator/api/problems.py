@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
+from finetune_trainer.spec_checks import Problem
 
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong: the field's path from the object's root, its value, and a sentence with the remedy."""
-
-    field: str
-    value: Any
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.field}: {self.message}"
+__all__ = ["Problem", "SpecError"]
 
 
 class SpecError(Exception):

@@ -18,14 +18,13 @@ from finetune_operator.api.rules import (
     MUTABLE_FIELDS,
     NAME_MESSAGE,
     NAME_PATTERN,
-    Rule,
     TransitionRule,
     message_expression,
-    rules_of,
     transition_rules,
 )
 from finetune_operator.api.spec import FineTuneJobSpec
 from finetune_operator.api.status import FineTuneJobStatus
+from finetune_trainer.spec_rules import Rule, rules_of
 
 Schema = dict[str, Any]
 
@@ -81,21 +80,45 @@ def object_schema() -> Schema:
     }
 
 
-def _from_model(model: type[BaseModel], *, with_defaults: bool) -> Schema:
-    """The structural schema of a model class, with the rules of every model below it."""
+def spec_schema() -> Schema:
+    """What finetune_trainer.spec_checks holds a spec to: the schema of spec without words and without CEL.
+
+    Each object has its class's name as `model`, by which the rules of spec_rules are found, and each map the pattern of
+    its keys as `keys`.
+    """
+    return _bare(_from_model(FineTuneJobSpec, with_defaults=True, bare=True))
+
+
+def _bare(schema: Schema) -> Schema:
+    """`schema` without what only people and the API server read."""
+    left_out = ("description", "format", "anyOf", "x-kubernetes-validations")
+    out = {key: value for key, value in schema.items() if key not in left_out}
+    for key in ("items", "additionalProperties"):
+        if key in out:
+            out[key] = _bare(out[key])
+    if "properties" in out:
+        out["properties"] = {name: _bare(field) for name, field in out["properties"].items()}
+    return out
+
+
+def _from_model(model: type[BaseModel], *, with_defaults: bool, bare: bool = False) -> Schema:
+    """The structural schema of a model class, with the rules of every model below it; `bare` as in spec_schema."""
     source = model.model_json_schema(by_alias=True, mode="validation")
     definitions = source.pop("$defs", {})
     classes = {found.__name__: found for found in _models(model)}
-    return _Converter(definitions, classes, with_defaults).convert(source, model)
+    return _Converter(definitions, classes, with_defaults, bare).convert(source, model)
 
 
 class _Converter:
     """One pass over a JSON schema: references inlined, null forms gone, defaults and bounds told in the description."""
 
-    def __init__(self, definitions: Mapping[str, Any], classes: Mapping[str, type[BaseModel]], defaults: bool) -> None:
+    def __init__(
+        self, definitions: Mapping[str, Any], classes: Mapping[str, type[BaseModel]], defaults: bool, bare: bool
+    ) -> None:
         self._definitions = definitions
         self._classes = classes
         self._with_defaults = defaults
+        self._bare = bare
 
     def convert(self, node: Mapping[str, Any], model: type[BaseModel] | None = None) -> Schema:
         """The structural form of `node`; `model` is the class that it describes, when it is an object of ours."""
@@ -117,10 +140,14 @@ class _Converter:
             out["properties"] = {name: self._field(field) for name, field in node["properties"].items()}
         elif "patternProperties" in node:
             # A CRD has no pattern for the keys of a map; the models check them.
-            (value,) = node["patternProperties"].values()
+            ((keys, value),) = node["patternProperties"].items()
             out["additionalProperties"] = self.convert(value)
-        if model is not None and issubclass(model, Model) and rules_of(model):
-            out["x-kubernetes-validations"] = [_validation(rule) for rule in rules_of(model)]
+            if self._bare:
+                out["keys"] = keys
+        if self._bare and model is not None and "properties" in out:
+            out["model"] = model.__name__
+        if model is not None and issubclass(model, Model) and rules_of(model.__name__):
+            out["x-kubernetes-validations"] = [_validation(rule) for rule in rules_of(model.__name__)]
         return out
 
     def _field(self, node: Mapping[str, Any]) -> Schema:

@@ -13,14 +13,11 @@ from pydantic import Field
 
 from finetune_operator.api.model import DnsName, Model, Revision, Source
 from finetune_operator.api.overrides import Stages
+from finetune_trainer.spec_rules import MAX_PROMPT_CHARACTERS
 
 DatasetFormat = Literal["dolly", "samsum", "promptCompletion", "alpaca", "messages", "sharegpt", "text", "template"]
 Packing = Literal["bestFit", "none", "wrapped"]
 AcceleratorType = Literal["cpu", "cuda", "neuron"]
-
-MAX_PROMPT_CHARACTERS = 32768
-"""Of all of evaluate.prompts. stage.json is an annotation, and Kubernetes takes 256 KiB of them; a character has up to
-6 bytes there."""
 
 _SOURCE_FORMS = (
     "`hf://org/name` (a repository on the hub), `s3://bucket/prefix` (read with the stage's own credentials) or "

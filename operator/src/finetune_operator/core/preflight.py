@@ -24,16 +24,14 @@ from finetune_operator.core.accelerators.instances import InstanceType
 from finetune_operator.core.failure import Waiting
 from finetune_operator.core.memory import GIB, MemoryEstimate, estimate_memory
 from finetune_operator.core.model_shapes import ModelShape
-from finetune_operator.core.parallelism import Parallelism
+from finetune_operator.core.parallelism import MAX_SPLIT, Parallelism
 from finetune_operator.core.quantities import format_quantity, parse_quantities
+from finetune_trainer.spec_rules import nearest_sizes
 
 Raw = Mapping[str, Any]
 
 FLASH_TOKENS = 2048
 """On Neuron the flash attention kernel takes rows of a multiple of so many tokens; shorter rows do without it."""
-
-MAX_SPLIT = 64
-"""Largest size that spec.parallelism takes."""
 
 READ_WRITE_MANY = "ReadWriteMany"
 READ_ONLY_MANY = "ReadOnlyMany"
@@ -147,8 +145,7 @@ def _tensor_reasons(tp: int, shape: ModelShape, on_trn2: bool) -> Iterator[str]:
 
 def _nearest(sizes: Sequence[int], wanted: int) -> str:
     """The sound sizes next to `wanted`, as a remedy; 1 always is one."""
-    below, above = max(size for size in sizes if size < wanted), min((n for n in sizes if n > wanted), default=None)
-    return f"use {below}" if above is None else f"use {below} or {above}"
+    return f"use {' or '.join(map(str, nearest_sizes(sizes, wanted)))}"
 
 
 @dataclass(frozen=True)
