@@ -21,6 +21,14 @@ from cryptography.x509.oid import NameOID
 from train_runs import free_port, wait_until
 
 from finetune_trainer.progress import Progress, ProgressPoster
+from finetune_trainer.throughput import Speed
+
+SPEED = Speed(2.0, 100.04, 0.5, 0.1, 0.25, 1 << 30, None)
+
+
+def line(step: int) -> dict[str, Any]:
+    """A line of training.jsonl."""
+    return {"step": step, "loss": 2.5, "learningRate": 0.001, "gradientNorm": 1.25, "tokens": 99}
 
 
 class Endpoint:
@@ -172,19 +180,19 @@ def test_an_endpoint_that_is_not_there_costs_nothing(capsys: pytest.CaptureFixtu
     progress = Progress(ProgressPoster({"url": f"http://127.0.0.1:{free_port()}/"}), 10)
     began = time.monotonic()
     progress.started(0)
-    progress.logged(1, 2.5, 0.001, 1234.5, 75)
+    progress.logged(line(1), SPEED, 75)
     progress.saved(1, 0.25)
     progress.close()
     assert time.monotonic() - began < 5
     said = capsys.readouterr().out
-    assert "step 1/10  loss 2.5000  lr 0.001  1234 tokens/s  00:01:15 left" in said
+    assert "step 1/10  loss 2.5000  lr 0.001  norm 1.25  100 tokens/s  MFU 25.0 %  00:01:15 left" in said
     assert "checkpoint of step 1 written in 0.25 s" in said
 
 
 def test_progress_carries_all_that_is_known(serve: Callable[..., Endpoint]) -> None:
     endpoint = serve()
     progress = Progress(ProgressPoster({"url": endpoint.url}), 10)
-    progress.logged(4, 2.5, 0.001, 100.04, 60)
+    progress.logged(line(4), SPEED, 60)
     progress.saved(4, 0.1)
     progress.close()
     assert endpoint.received[-1] == {
@@ -192,7 +200,13 @@ def test_progress_carries_all_that_is_known(serve: Callable[..., Endpoint]) -> N
         "totalSteps": 10,
         "loss": 2.5,
         "learningRate": 0.001,
+        "gradientNorm": 1.25,
+        "seconds": 2.0,
         "tokensPerSecond": 100.0,
+        "stepSeconds": 0.5,
+        "dataWaitSeconds": 0.1,
+        "mfu": 0.25,
+        "hostMemoryBytes": 1 << 30,
         "secondsLeft": 60,
         "lastCheckpoint": 4,
     }

@@ -75,7 +75,7 @@ def gradient(
     backend: TorchBackend, rows: PreparedRows, micro_batch_size: int, dp_size: int
 ) -> tuple[torch.Tensor, float]:
     """The summed gradient of step 0 and its loss when dp_size ranks share it; here one process plays all of them."""
-    supervised = rows.supervised(0)
+    supervised = rows.counts(0).supervised
     for dp_rank in range(dp_size):
         for chunk, batch in rows.micro_batches(0, micro_batch_size, dp_rank, dp_size):
             backend.micro_step(batch, 1.0 / supervised, chunk_seed(3, 0, chunk))
@@ -137,7 +137,7 @@ def test_targets_are_the_next_supervised_token_of_the_same_document() -> None:
         global_batch_size=1,
     )
     assert rows.batch(rows.rows_of(0)).targets.tolist() == [[6, 7, IGNORED, 9, IGNORED, IGNORED]]
-    assert (rows.supervised(0), rows.tokens(0)) == (3, 5)
+    assert rows.counts(0) == (3, 5, 3 * 3 + 2 * 2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

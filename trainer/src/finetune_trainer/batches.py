@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,14 @@ DATA_NAME = "data.json"
 _LENGTH_MULTIPLE = 8
 """Rows are cut after their last token, at a multiple of this many positions: few distinct shapes, little padding."""
 _SCAN_ROWS = 1024
+
+
+class Counts(NamedTuple):
+    """Supervised tokens, tokens without padding, and the sum over documents of len^2, which is what they attend to."""
+
+    supervised: int
+    tokens: int
+    attended: int
 
 
 @dataclass(frozen=True)
@@ -48,17 +56,17 @@ class PreparedRows:
         start = step * self.global_batch_size
         return self.order[start : start + self.global_batch_size]
 
-    def supervised(self, step: int) -> int:
-        """Supervised tokens of the whole global batch of `step`."""
-        return int((self._targets(self.rows_of(step)) != IGNORED).sum())
+    def counts(self, step: int) -> Counts:
+        """What the whole global batch of `step` holds."""
+        rows = self.rows_of(step)
+        real = self.segment_ids[rows] != 0
+        # positions restart at each document: the sum of 2 p + 1 over 0 to len - 1 is len^2
+        attended = int((2 * self.position_ids[rows][real].astype(np.int64) + 1).sum())
+        return Counts(int((self._targets(rows) != IGNORED).sum()), int(real.sum()), attended)
 
     def supervised_in_all(self) -> int:
         """Supervised tokens of all rows."""
         return int((self._targets(np.arange(self.input_ids.shape[0], dtype=np.int32)) != IGNORED).sum())
-
-    def tokens(self, step: int) -> int:
-        """Tokens, without padding, of the whole global batch of `step`."""
-        return int((self.segment_ids[self.rows_of(step)] != 0).sum())
 
     def micro_batches(
         self, step: int, micro_batch_size: int, dp_rank: int, dp_size: int

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+from finetune_trainer.throughput import Speed
+
 MIN_INTERVAL_SECONDS = 2.0
 MAX_INTERVAL_SECONDS = 60.0
 """Between two requests after repeated failures; each failure doubles the pause up to this."""
@@ -125,27 +127,22 @@ class Progress:
         """The checkpoint of `step` is being written, which may take longer than many steps."""
         self._post(step=step, phase="saving")
 
-    def logged(
-        self, step: int, loss: float, learning_rate: float, tokens_per_second: float, seconds_left: float
-    ) -> None:
-        """`step` steps are done, at these rates over the last steps."""
+    def logged(self, line: Mapping[str, Any], speed: Speed, seconds_left: float) -> None:
+        """A line of training.jsonl was written: its steps are done, at this speed since the line before."""
         eta = (
             time.strftime("%H:%M:%S", time.gmtime(seconds_left))
             if seconds_left < 86400
             else f"{seconds_left / 3600:.0f} h"
         )
+        utilisation = "" if speed.mfu is None else f"  MFU {100 * speed.mfu:.1f} %"
         print(
-            f"step {step}/{self._total}  loss {loss:.4f}  lr {learning_rate:.3g}  "
-            f"{tokens_per_second:.0f} tokens/s  {eta} left",
+            f"step {line['step']}/{self._total}  loss {line['loss']:.4f}  lr {line['learningRate']:.3g}  "
+            f"norm {line['gradientNorm']:.3g}  {speed.tokens_per_second:.0f} tokens/s{utilisation}  {eta} left",
             flush=True,
         )
-        self._post(
-            step=step,
-            loss=loss,
-            learningRate=learning_rate,
-            tokensPerSecond=round(tokens_per_second, 1),
-            secondsLeft=round(seconds_left),
-        )
+        facts: dict[str, Any] = {name: line[name] for name in ("step", "loss", "learningRate", "gradientNorm")}
+        facts.update(speed.as_json(), secondsLeft=round(seconds_left))
+        self._post(**facts)
 
     def saved(self, step: int, seconds: float) -> None:
         """The checkpoint of `step` is complete after `seconds`."""

@@ -14,16 +14,16 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from finetune_trainer.artifacts import new_artifact, remove_artifact
-from finetune_trainer.backends import Backend
+from finetune_trainer.backends import Backend, MicroBatch, Tokens
 from finetune_trainer.batches import PreparedRows
 from finetune_trainer.checkpoints import (
     CHECKPOINT_KIND,
@@ -40,6 +40,7 @@ from finetune_trainer.checkpoints import (
 from finetune_trainer.contract import canonical_json
 from finetune_trainer.errors import CorruptArtifact, Interrupted, RetryableError, UserError
 from finetune_trainer.progress import Progress
+from finetune_trainer.throughput import Speed, peak_host_memory
 from finetune_trainer.training_log import LOG_NAME, TrainingLog, read_losses
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -50,6 +51,7 @@ _PACKING_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 """Largest relative difference of a document's logits packed against alone: other shapes round differently."""
 _NEIGHBOUR_TOLERANCE = 1e-6
 """The same against other neighbours: equal shapes, so equal but for a kernel that orders its sums freely."""
+_ROWS_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,17 @@ class TrainingPlan:
 
 @dataclass
 class Timings:
-    """Seconds of this attempt by what they were spent on, and its tokens (all ranks)."""
+    """Seconds of this attempt by what they were spent on, and its tokens (all ranks).
+
+    `data_seconds` are those of step_seconds in which rows were read; `flops` is the arithmetic that the steps needed by
+    throughput.ModelSize, all ranks, 0 where the model's size cannot be told.
+    """
 
     step_seconds: float = 0.0
+    data_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
     tokens: int = 0
+    flops: float = 0.0
     steps: int = 0
     checkpoints: int = 0
 
@@ -258,13 +266,14 @@ class _Run:
     progress: Progress
     log: TrainingLog | None
     timings: Timings = field(default_factory=Timings)
-    logged_at: tuple[float, int, int] = (0.0, 0, 0)
+    logged: Timings = field(default_factory=Timings)
+    """The timings at the last log line."""
 
     def step(self, step: int, stop: bool) -> bool:
         """One optimizer step (numbered from 0). Returns whether any rank wants to stop."""
         backend, plan = self.backend, self.plan
         began = time.monotonic()
-        supervised, tokens = self.rows.supervised(step), self.rows.tokens(step)
+        supervised, tokens, attended = self.rows.counts(step)
         if not supervised:
             raise UserError(
                 "NothingSupervised",
@@ -273,7 +282,8 @@ class _Run:
         chunks = self.rows.micro_batches(
             step, plan.micro_batch_size, backend.data_parallel_rank, backend.data_parallel_size
         )
-        for chunk, batch in chunks:
+        self.timings.data_seconds += time.monotonic() - began
+        for chunk, batch in self._timed(chunks):
             backend.micro_step(batch, 1.0 / supervised, chunk_seed(plan.seed, step, chunk))
         loss, (stopping,) = backend.reduce([float(stop)])
         rate = learning_rate(plan, step)
@@ -282,12 +292,15 @@ class _Run:
             raise UserError(
                 "LossNotFinite" if not math.isfinite(loss) else "GradientNotFinite",
                 f"step {step + 1} of {plan.total_steps}: loss {loss}, gradient norm {norm}, learning rate {rate:.3g}: "
-                "lower training.learningRate, raise warmupSteps, or use precision fp32; look at the rows of that step",
+                "lower training.learningRate, raise warmupSteps, or use precision fp32; look at the rows of that step, "
+                f"{_shown(self.rows.rows_of(step))} of prepare's; earlier checkpoints stay as they are",
             )
         self.window.add(loss, supervised, tokens)
         self.timings.step_seconds += time.monotonic() - began
         self.timings.tokens += tokens
         self.timings.steps += 1
+        if backend.model_size:
+            self.timings.flops += backend.model_size.training_flops(tokens, attended)
         done = step + 1
         if done == 1 or done % plan.log_every_steps == 0 or done == plan.total_steps:
             self._log(done, rate, norm)
@@ -322,14 +335,34 @@ class _Run:
             "tokens": window.tokens,
             "supervisedTokens": window.supervised,
         }
-        seconds, tokens, steps = self.logged_at
-        self.logged_at = (self.timings.step_seconds, self.timings.tokens, self.timings.steps)
-        spent = max(self.logged_at[0] - seconds, 1e-9)
-        per_step = spent / max(1, self.logged_at[2] - steps)
-        speed = (self.logged_at[1] - tokens) / spent
-        self.log.write(line, {"step": done, "seconds": round(spent, 6), "tokensPerSecond": round(speed, 1)})
-        left = (self.plan.total_steps - done) * per_step
-        self.progress.logged(done, line["loss"], rate, speed, left)
+        speed, self.logged = self._speed(), replace(self.timings)
+        self.log.write(line, speed)
+        self.progress.logged(line, speed, (self.plan.total_steps - done) * speed.step_seconds)
+
+    def _speed(self) -> Speed:
+        """What was measured since the last log line."""
+        now, before, backend = self.timings, self.logged, self.backend
+        seconds, steps = max(now.step_seconds - before.step_seconds, 1e-9), max(1, now.steps - before.steps)
+        flops, peak = now.flops - before.flops, backend.peak_flops
+        return Speed(
+            seconds=seconds,
+            tokens_per_second=(now.tokens - before.tokens) / seconds,
+            step_seconds=seconds / steps,
+            data_wait_seconds=(now.data_seconds - before.data_seconds) / steps,
+            mfu=flops / seconds / (peak * backend.world_size) if flops and peak else None,
+            host_memory_bytes=peak_host_memory(),
+            device_memory_bytes=backend.device_memory(),
+        )
+
+    def _timed(self, chunks: Iterator[tuple[int, MicroBatch]]) -> Iterator[tuple[int, MicroBatch]]:
+        """The chunks, with the time that reading each takes."""
+        while True:
+            began = time.monotonic()
+            chunk = next(chunks, None)
+            self.timings.data_seconds += time.monotonic() - began
+            if chunk is None:
+                return
+            yield chunk
 
     def _state(self, done: int) -> dict[str, Any]:
         plan = self.plan
@@ -394,3 +427,9 @@ def _check_identity(backend: Backend, plan: TrainingPlan, checkpoint: Checkpoint
             f"{checkpoint.path.name} cannot be resumed: {shown}. Restore those fields, or delete the checkpoints to "
             "start over",
         )
+
+
+def _shown(rows: Tokens) -> str:
+    """The first of these row numbers, and how many more there are."""
+    first = ", ".join(str(row) for row in rows[:_ROWS_SHOWN])
+    return first if len(rows) <= _ROWS_SHOWN else f"{first} and {len(rows) - _ROWS_SHOWN} more"

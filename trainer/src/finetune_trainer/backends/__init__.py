@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_trainer.checkpoints import Checkpoint, LocalSlice
+from finetune_trainer.throughput import ModelSize
 
 IGNORED = -100
 """Target of a position that is not supervised."""
@@ -74,6 +75,10 @@ class Backend(Protocol):
     world_size: int
     data_parallel_rank: int
     data_parallel_size: int
+    model_size: ModelSize | None
+    """Set by build(), as is peak_flops; None where it cannot be told."""
+    peak_flops: float | None
+    """What this rank's device can do at most, in operations a second at the plan's precision; None if not known."""
 
     def start(self) -> None:
         """Join the process group. All ranks."""
@@ -86,6 +91,9 @@ class Backend(Protocol):
 
     def parameters(self) -> dict[str, ParameterFacts]:
         """The trainable parameters by the name that checkpoints use, sorted."""
+
+    def device_memory(self) -> int | None:
+        """Bytes of the device's memory that this rank held at most; None on the host's."""
 
     def adapter_config(self, source: str) -> bytes | None:
         """adapter_config.json as peft writes it, `source` as its base model; None when there is no adapter."""

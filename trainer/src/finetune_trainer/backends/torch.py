@@ -34,6 +34,7 @@ from finetune_trainer.checkpoints import (
 )
 from finetune_trainer.errors import DeviceOutOfMemory, HostOutOfMemory, RetryableError, UserError
 from finetune_trainer.model_loading import load_causal_model
+from finetune_trainer.throughput import ModelSize, model_size, peak_flops
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """After this long without an answer a peer counts as lost. A killed process is noticed at once: its sockets close."""
@@ -61,6 +62,8 @@ class TorchBackend:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cuda", local_rank) if accelerator == "cuda" else torch.device("cpu")
         self._peers: list[str] = []
+        self.model_size: ModelSize | None = None
+        self.peak_flops: float | None = None
 
     # ---- process group
 
@@ -110,6 +113,9 @@ class TorchBackend:
             base.config.use_cache = False
             self._model = lora.add_adapter(base, plan.method, plan.seed).to(self.device)
         self._model.train()
+        self.model_size = model_size(self._model)
+        if self.device.type == "cuda":
+            self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device), plan.precision)
         self._autocast = plan.precision == "bf16"
         self._keep_masks = plan.keep_masks
         arguments = inspect.signature(base.forward).parameters
@@ -137,6 +143,9 @@ class TorchBackend:
 
     def adapter_config(self, source: str) -> bytes | None:
         return lora.encode_adapter_config(self._model, source)
+
+    def device_memory(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     # ---- one step
 
