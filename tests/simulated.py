@@ -100,6 +100,7 @@ class Simulation:
             *((self._record, record) for record in desired.records),
             *((self._delete, deletion) for deletion in desired.deletions),
             *((self._create, manifest) for manifest in desired.manifests),
+            *((self._record, record) for record in desired.late_records),
         ]
         for write, what in writes[:upto]:
             write(what)  # type: ignore[operator]

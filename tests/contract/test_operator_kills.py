@@ -16,7 +16,7 @@ DEATHS = 16
 """About as many as fit into half a minute."""
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(420)
 async def test_a_killed_operator_leaves_one_job_a_stage_and_a_finished_job(
     account: Account, tmp_path: Path, record_property: pytest.RecordProperty
 ) -> None:

@@ -332,7 +332,7 @@ class Operator:
         if report is None or self._cluster is None:
             return
         begun = monotonic()
-        if await write_report(self._cluster, report, _now(), self.config.pod_name):
+        if await write_report(self._cluster, report, self._settings, _now(), self.config.pod_name):
             if self._cache.find_job(key) is not None:  # of a job that went meanwhile no echo will come
                 self._echoes.written(key, begun)
             self._metrics.observe(derive_observations(report.before, report.after))

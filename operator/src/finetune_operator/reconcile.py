@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -79,7 +79,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Report:
-    """A status to write instead of `before`, derived from the spec of `generation`."""
+    """A status to write instead of `before`, derived from the spec of `generation`; first the late records."""
 
     namespace: str
     name: str
@@ -87,6 +87,7 @@ class Report:
     generation: int
     before: FineTuneJobStatus
     after: FineTuneJobStatus
+    records: tuple[Record, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,12 @@ async def _advance(
         findings = Findings(doubts=findings.doubts)  # whatever would be refused now was begun before, and may go on
     cost = derive_cost(pipeline.outcomes, find_instance(job, settings.instance_types), settings.currency)
     status = derive_status(job, observed, pipeline, now, problem=problem, findings=findings, plan=plan, cost=cost)
-    return replace(_report(cached, status), again_after=_again_after(job, status, pipeline, desired, problem, now))
+    done = _report(cached, status)
+    if done.report is not None:
+        done = replace(done, report=replace(done.report, records=desired.late_records))
+    else:
+        await _write_records(cluster, job, desired.late_records, settings)
+    return replace(done, again_after=_again_after(job, status, pipeline, desired, problem, now))
 
 
 async def _observe(cluster: Cluster, job: FineTuneJob) -> Observed:
@@ -196,8 +202,7 @@ async def _bring_about(
     cluster: Cluster, job: FineTuneJob, desired: Desired, settings: Settings, problem: Waiting | None
 ) -> Waiting | None:
     """Carry out the writes in their order; what keeps the due attempt from being started, or None."""
-    for record in desired.records:
-        await _write_record(cluster, job, record, settings)
+    await _write_records(cluster, job, desired.records, settings)
     for deletion in desired.deletions:
         logger.info("%s/%s: deleting %s %s", job.namespace, job.name, deletion.kind, deletion.name)
         await cluster.client.delete(deletion.kind, job.namespace, deletion.name, grace_seconds=deletion.grace_seconds)
@@ -211,6 +216,11 @@ async def _bring_about(
             return Waiting(refused.reason, str(refused))
         cluster.cache.put(manifest["kind"], made)
     return None
+
+
+async def _write_records(cluster: Cluster, job: FineTuneJob, records: Iterable[Record], settings: Settings) -> None:
+    for record in records:
+        await _write_record(cluster, job, record, settings)
 
 
 async def _write_record(cluster: Cluster, job: FineTuneJob, record: Record, settings: Settings) -> None:
@@ -313,8 +323,8 @@ def _report(cached: CachedJob, after: FineTuneJobStatus) -> Done:
     return Done(report=Report(cached.namespace, cached.name, cached.uid, cached.generation, cached.status, after))
 
 
-async def write_report(cluster: Cluster, report: Report, now: datetime, instance: str) -> bool:
-    """The one status write, and after it the events of what changed.
+async def write_report(cluster: Cluster, report: Report, settings: Settings, now: datetime, instance: str) -> bool:
+    """The late records, the one status write, and after it the events of what changed.
 
     False, and nothing written, when the job has another status or spec by now than the report was derived from: then
     it has to be derived again. ClusterError as reconcile.
@@ -324,6 +334,8 @@ async def write_report(cluster: Cluster, report: Report, now: datetime, instance
         return False
     if known.status != report.before:
         return False
+    if known.job is not None:
+        await _write_records(cluster, known.job, report.records, settings)
     written = await apply.write_status(cluster.client, report.namespace, report.name, report.uid, report.after)
     cluster.cache.wrote_status(written, report.after)
     regarding = {"namespace": report.namespace, "name": report.name, "uid": report.uid}

@@ -44,7 +44,17 @@ def test_the_next_jobs_objects_are_asked_for_when_the_pods_have_ended_and_the_jo
     simulation.run_stage("prepare")
     _, desired = simulation.decide()
     assert [manifest["kind"] for manifest in desired.manifests] == ["Service", "Job"]
+    assert desired.records == (), "the next stage does not wait for the record of a success"
+    assert [record.kind for record in desired.late_records] == ["Job"]
+
+
+def test_a_failure_is_recorded_before_anything_else_is_done() -> None:
+    simulation = Simulation()
+    simulation.settle()
+    simulation.fail_stage("prepare", 4)
+    _, desired = simulation.decide()
     assert [record.kind for record in desired.records] == ["Job"]
+    assert desired.late_records == ()
 
 
 def test_a_stage_waits_for_all_of_its_pods() -> None:

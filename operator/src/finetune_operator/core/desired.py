@@ -1,7 +1,7 @@
 """desired_state: what has to be recorded, deleted and applied so that the cluster is as the pipeline wants it.
 
-Called by reconcile.py, which does it in this order: records, deletions, manifests. Pure and deterministic; whatever is
-there already is not asked for again, so a settled job costs no write.
+Called by reconcile.py, which does it in this order: records, deletions, manifests, late records. Pure and
+deterministic; whatever is there already is not asked for again, so a settled job costs no write.
 
 An attempt that has to end while its Job runs gets its outcome and a deadline of one second in one patch: the Job
 controller then stops every pod with its grace period, and the Job stays as the attempt's memory. A Job that a queue has
@@ -61,6 +61,11 @@ class Record:
     log_of: str | None = None
     """Name of the pod whose last log lines belong to the outcome."""
 
+    @property
+    def may_wait(self) -> bool:
+        """True where nothing that is done next may destroy what the record says: a success ends nothing."""
+        return self.outcome is not None and self.outcome.result is Result.SUCCEEDED
+
 
 @dataclass(frozen=True)
 class Deletion:
@@ -75,12 +80,14 @@ class Deletion:
 class Desired:
     """What to do, in order. `manifests` of one attempt stand together, its Job last.
 
-    `wake_at` is when a pod that is being stopped will have had its time.
+    `late_records` are of attempts that succeeded: their pods tell the same until they are removed, so the next stage
+    need not wait for that write. `wake_at` is when a pod that is being stopped will have had its time.
     """
 
     records: tuple[Record, ...] = ()
     deletions: tuple[Deletion, ...] = ()
     manifests: tuple[Manifest, ...] = ()
+    late_records: tuple[Record, ...] = ()
     wake_at: datetime | None = None
 
 
@@ -89,13 +96,15 @@ def desired_state(
 ) -> Desired:
     """The writes that bring the job's children from what is observed to what the pipeline says."""
     forced, wake_at = _drained_pods(observed, pipeline, settings, now)
+    records = tuple(_records(job, observed, pipeline, now))
     return Desired(
-        records=(*_records(job, observed, pipeline, now), *_notes(observed, pipeline, now)),
+        records=(*(each for each in records if not each.may_wait), *_notes(observed, pipeline, now)),
         # What a dry run's spec has no use for may be wanted again: it starts nothing and removes nothing.
         deletions=(*(() if job.spec.dry_run else _deletions(job, observed, pipeline)), *forced),
         manifests=tuple(
             manifest for stage in pipeline.stages for manifest in _manifests(job, stage, pipeline, settings)
         ),
+        late_records=tuple(each for each in records if each.may_wait),
         wake_at=wake_at,
     )
 
