@@ -72,7 +72,7 @@ class _Block:
         return np.repeat(values, self.sizes)
 
 
-_FILES: dict[str, Callable[[_Block, DocumentSpool], npt.NDArray[Any]]] = {
+TENSORS: dict[str, Callable[[_Block, DocumentSpool], npt.NDArray[Any]]] = {
     "input_ids": _Block.tokens,
     "labels": _Block.labels,
     "position_ids": _Block.positions,
@@ -84,20 +84,24 @@ def write_rows(
     writer: ArtifactWriter, name: str, spool: DocumentSpool, rows: PackedRows, *, row_length: int, pad: int
 ) -> None:
     """Write `rows` of documents of `spool` as the file `name` of the artifact."""
-    padding = {"input_ids": pad, "labels": IGNORED}
-
-    def chunks(key: str) -> Iterator[memoryview]:
-        for block in _blocks(spool, rows, row_length):
-            values = np.full(block.filled.shape, padding.get(key, 0), dtype="<i4")
-            values[block.filled] = _FILES[key](block, spool)
-            yield values.data.cast("B")
-
+    chunks = {key: gather_rows(key, spool, rows, row_length=row_length, pad=pad) for key in TENSORS}
     _write(
         writer,
         name,
-        [TensorPlan(key, _INT32, (len(rows), row_length)) for key in _FILES],
-        {key: chunks(key) for key in _FILES},
+        [TensorPlan(key, _INT32, (len(rows), row_length)) for key in TENSORS],
+        {key: (values.data.cast("B") for values in some) for key, some in chunks.items()},
     )
+
+
+def gather_rows(
+    name: str, spool: DocumentSpool, rows: PackedRows, *, row_length: int, pad: int
+) -> Iterator[npt.NDArray[np.int32]]:
+    """The tensor `name`, one of TENSORS, some rows at a time: arrays of (some, row_length) in the order of rows."""
+    padding = {"input_ids": pad, "labels": IGNORED}.get(name, 0)
+    for block in _blocks(spool, rows, row_length):
+        values = np.full(block.filled.shape, padding, dtype="<i4")
+        values[block.filled] = TENSORS[name](block, spool)
+        yield values
 
 
 def count_supervised(spool: DocumentSpool, rows: PackedRows, row_length: int) -> Numbers:
