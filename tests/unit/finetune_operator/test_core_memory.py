@@ -19,7 +19,7 @@ LORA = {"lora": {"rank": 16, "targetModules": ["q_proj", "v_proj"]}}
 FULL = {"type": "full", "lora": None}
 
 
-def spread(tp: int = 1, pp: int = 1, dp: int = 1, micro: int = 1) -> Parallelism:
+def spread(tp: int = 1, pp: int = 1, dp: int = 1, micro: int = 1, strategy: str = "ddp") -> Parallelism:
     return derive_parallelism(
         num_nodes=1,
         procs_per_node=tp * pp * dp,
@@ -27,6 +27,7 @@ def spread(tp: int = 1, pp: int = 1, dp: int = 1, micro: int = 1) -> Parallelism
         pp_size=pp,
         micro_batch_size=micro,
         gradient_accumulation_steps=1,
+        strategy=strategy,
     )
 
 
@@ -160,3 +161,22 @@ def _kept_bytes(layers: int, shape: ModelShape, lora: bool, precision: str) -> i
     ):
         model.train()(input_ids=torch.zeros((1, 512), dtype=torch.long))
     return sum(kept.values())
+
+
+@pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
+def test_fsdp_divides_the_states_among_the_ranks_but_for_one_layer_and_the_embeddings(method: dict[str, Any]) -> None:
+    spec = make_job(method=method, training={"precision": "bf16"}).spec
+    whole = estimate_memory(spec, spread(dp=8), LLAMA_8B)
+    shared = estimate_memory(spec, spread(dp=8, strategy="fsdp"), LLAMA_8B)
+    layer = (LLAMA_8B.parameters - LLAMA_8B.embedding_parameters) / LLAMA_8B.layers
+    assert shared.weights == whole.weights / 8 + 2 * (layer + LLAMA_8B.embedding_parameters)
+    assert (shared.gradients, shared.optimizer) == (whole.gradients / 8, whole.optimizer / 8)
+    assert shared.activations == whole.activations
+
+
+def test_gradient_checkpointing_keeps_each_layers_input_and_one_layers_activations() -> None:
+    spec = make_job(method=LORA, training={"precision": "bf16"}).spec
+    saving = make_job(method=LORA, training={"precision": "bf16", "gradientCheckpointing": True}).spec
+    whole = estimate_memory(spec, spread(), LLAMA_8B).activations
+    inputs = 2 * LLAMA_8B.layers * LLAMA_8B.hidden_size * spec.dataset.max_length
+    assert estimate_memory(saving, spread(), LLAMA_8B).activations == pytest.approx(inputs + whole / LLAMA_8B.layers)

@@ -12,8 +12,8 @@ stage.json (an immutable ConfigMap, mounted at CONFIG_PATH) is one JSON object:
     spec             object  the part of the FineTuneJob's spec that the stage reads, defaults filled in
     inputs           object  input name -> {"path": workspace-relative folder, "digest": "sha256:<hex>" of its manifest}
     parallelism      object  numNodes, procsPerNode, worldSize, tensorParallelSize, pipelineParallelSize,
-                             dataParallelSize, microBatchSize, gradientAccumulationSteps, globalBatchSize
-                             (prepare gets globalBatchSize only)
+                             dataParallelSize, microBatchSize, gradientAccumulationSteps, globalBatchSize, all counts,
+                             and strategy, ddp or fsdp (prepare gets globalBatchSize only)
     output           str     workspace-relative folder of the stage's artifact; volatile, for the digest names it
     job              object  volatile: namespace, name, uid of the FineTuneJob
     attempt          int     volatile: 1 for the first Job of this stage and digest
@@ -64,6 +64,8 @@ NODE_RANK_ENV = "JOB_COMPLETION_INDEX"
 """Set by Kubernetes in the pods of an Indexed Job; the node rank of a distributed stage."""
 TERMINATION_PATH_ENV = "FINETUNE_TERMINATION_PATH"
 """Overrides TERMINATION_PATH where a stage runs outside a pod."""
+COLLECTIVE_TIMEOUT_ENV = "FINETUNE_COLLECTIVE_TIMEOUT_SECONDS"
+"""How long a rank of train waits for its peers before it ends with reason CollectiveTimeout, where 600 do not fit."""
 RENDEZVOUS_PORT = 29400
 
 WORKSPACE_ROOT = "finetune"
@@ -135,7 +137,7 @@ class StageConfig:
     spec: Mapping[str, Any]
     output: str
     inputs: Mapping[str, ArtifactRef] = field(default_factory=dict)
-    parallelism: Mapping[str, int] = field(default_factory=dict)
+    parallelism: Mapping[str, int | str] = field(default_factory=dict)
     job: Mapping[str, str] = field(default_factory=dict)
     attempt: int = 1
     workspace: str = WORKSPACE_PATH

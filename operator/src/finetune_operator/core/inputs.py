@@ -68,6 +68,7 @@ def job_parallelism(job: FineTuneJob, settings: Settings) -> Parallelism:
         pp_size=spec.parallelism.pipeline_parallel_size,
         micro_batch_size=spec.training.micro_batch_size,
         gradient_accumulation_steps=spec.training.gradient_accumulation_steps,
+        strategy=spec.parallelism.strategy,
     )
 
 
@@ -112,7 +113,7 @@ def stage_config(
     job: FineTuneJob, stage: str, artifacts: Mapping[str, ArtifactRef], image: str, settings: Settings
 ) -> tuple[StageConfig, str]:
     """stage.json without its volatile fields, and its digest."""
-    parallelism: Mapping[str, int] = {}
+    parallelism: Mapping[str, int | str] = {}
     if stage == contract.PREPARE:
         parallelism = {"globalBatchSize": job_parallelism(job, settings).global_batch_size}
     elif stage in GANGS:

@@ -2,9 +2,9 @@
 logits.
 
 Called by preflight.py, which compares it with the instance, and by plan.py, which reports it. The first three follow
-exactly from the trainer's number formats. The last two are estimates for a trainer without activation checkpointing,
-sequence parallelism and sharding of the optimizer (ours has none, and the spec no field for any), and with an attention
-that never stores its matrix of scores; TOLERANCE says how good they are. Not counted: the device's context and
+exactly from the trainer's number formats. The last two are estimates for a trainer without sequence parallelism, and
+with an attention that never stores its matrix of scores; TOLERANCE says how good they are. Not counted: the device's
+context and
 communication buffers, fragmentation, and the process itself. Of a mixture of experts the weights are counted whole, as
 every rank holds them, and the activations of one expert, as if each token went to one.
 """
@@ -71,13 +71,15 @@ def estimate_memory(spec: FineTuneJobSpec, parallelism: Parallelism, shape: Mode
     gradients and 12 of optimizer (float32 copy and two moments); in fp32 4, 4 and 8. `lora` holds the base once and
     without gradients (bf16 2 bytes, fp32 4; int8 1 and nf4 0.5625 in the layers, 2 or 4 in the embeddings), and
     4 + 4 + 8 for each of the adapter's parameters, which the trainer keeps in float32 with a float32 gradient and two
-    moments. Tensor and pipeline parallelism divide them; every data parallel rank has all of it (no ZeRO).
+    moments. Tensor and pipeline parallelism divide them. With strategy ddp every data parallel rank has all of it; with
+    fsdp each has a share, and the weights of one layer and of the embeddings whole while it computes.
 
     Activations: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", equation 2,
     without its term of attention scores, which a fused attention does not keep (their section 5; Dao et al. 2022): a
     layer keeps s*b*h * (10 + 24/t) bytes in 16-bit numbers, of which 16/t are the two tensors of width 4h in the MLP.
     With the model's own width i that is s*b*(h * (10 + 8/t) + 4*i/t), and a gated MLP keeps four such tensors. The
-    first pipeline stage holds one micro batch for every stage (1F1B), so it keeps all layers' activations of one.
+    first pipeline stage holds one micro batch for every stage (1F1B), so it keeps all layers' activations of one. With
+    gradient checkpointing (Chen et al. 2016) it keeps the input of each layer, s*b*h, and one layer's activations.
 
     Logits: s*b*v/t, each four times for a moment in the backward pass: as the model gives it, its log-softmax, and the
     gradients of both in float32.
@@ -92,15 +94,23 @@ def estimate_memory(spec: FineTuneJobSpec, parallelism: Parallelism, shape: Mode
         adapter = trainable_parameters(spec, shape) / p
         weights = _base_bytes(spec.method.quantization, wide, shape) / (t * p) + 4 * adapter
         gradients, optimizer = 4 * adapter, 8 * adapter
+    if parallelism.strategy == "fsdp":
+        whole = shape.embedding_parameters + (shape.parameters - shape.embedding_parameters) / shape.layers
+        weights = weights / parallelism.dp_size + wide * whole
+        gradients, optimizer = gradients / parallelism.dp_size, optimizer / parallelism.dp_size
     tokens = spec.dataset.max_length * parallelism.micro_batch_size
     mlp = (8 if shape.has_gated_mlp else 4) * shape.intermediate_size
     layer = shape.hidden_size * (10 + 8 / t) + mlp / t
+    # bytes in 16-bit numbers, like `layer`: two for each number of a layer's input
+    kept = (
+        2 * shape.layers * shape.hidden_size + layer if spec.training.gradient_checkpointing else shape.layers * layer
+    )
     logits = tokens * shape.vocab_size / t * (wide + 12)
     return MemoryEstimate(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=shape.layers * tokens * layer * wide / 2,
+        activations=tokens * kept * wide / 2,
         logits=logits,
         certain_logits=logits if spec.dataset.loss_on == "all" else 0.0,
     )
