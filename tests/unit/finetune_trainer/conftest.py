@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -9,6 +10,7 @@ import adapter_artifacts as adapter_artifacts_module
 import hub_server
 import pytest
 import tiny_model as tiny_model_source
+from train_runs import Ranks
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +52,11 @@ def hub_server_module() -> ModuleType:
 def adapter_artifacts() -> ModuleType:
     """tests/adapter_artifacts.py: checkpoints, adapters and artifacts for the stages after training."""
     return adapter_artifacts_module
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Starts ranks of train as processes; the first test pays for the imports of the one that they are forked from."""
+    server = Ranks()
+    yield server
+    server.close()

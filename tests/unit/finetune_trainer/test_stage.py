@@ -129,6 +129,8 @@ class OutOfMemoryError(RuntimeError):
         pytest.param(OutOfMemoryError("CUDA out of memory"), DeviceOutOfMemory, id="torch on a device"),
         pytest.param(contract.ContractError("x"), UserError, id="contract error"),
         pytest.param(OSError(errno.ENOSPC, "No space left on device", "/w/x"), RetryableError, id="volume full"),
+        pytest.param(OSError(errno.EDQUOT, "Disk quota exceeded", "/w/x"), RetryableError, id="quota used up"),
+        pytest.param(RuntimeError("I/O error: No space left on device (os error 28)"), RetryableError, id="in Rust"),
         pytest.param(OSError(errno.ESTALE, "Stale file handle", "/w/x"), RetryableError, id="volume went away"),
         pytest.param(OSError(errno.ESHUTDOWN, "Cannot send", "/w/x"), RetryableError, id="evicted by the file server"),
         pytest.param(PermissionError(errno.EACCES, "Permission denied", "/w/x"), UserError, id="permission denied"),

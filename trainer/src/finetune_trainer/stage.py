@@ -34,6 +34,9 @@ VOLATILE_METRICS = frozenset({"seconds", "tokensPerSecond", "resumedFromStep"})
 _REPORT = "report"
 _STORAGE_ERRORS = frozenset({errno.EIO, errno.ESTALE, errno.EROFS, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN})
 """What a volume answers that is away; Lustre gives the last two to a client that its server has evicted."""
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NO_SPACE = os.strerror(errno.ENOSPC)
+"""What is left of the error of a library that turns its errors into its own, as those not written in Python do."""
 _SECRET_WORDS = ("token", "password", "secret", "credential")
 
 
@@ -163,12 +166,19 @@ def as_stage_error(error: Exception) -> StageError | None:
     if isinstance(error, ContractError):
         return UserError("InvalidStageConfig", str(error))
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-        return HostOutOfMemory("OutOfHostMemory", f"{error or 'allocation failed'}: raise the stage's memory limit")
+        # numpy's has the size; Python's own has no words
+        what = str(error) or "out of memory"
+        return HostOutOfMemory("OutOfHostMemory", f"{what}: raise the memory limit in stages.<name>.resources")
     if type(error).__name__ == "OutOfMemoryError":
         # torch's class, told by name so that stages without torch need not import it
-        return DeviceOutOfMemory("OutOfDeviceMemory", f"{error}: lower microBatchSize or maxLength")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RetryableError("VolumeFull", f"no space left for {error.filename or 'a file'}: enlarge the volume")
+        return DeviceOutOfMemory("OutOfDeviceMemory", f"{error}: lower training.microBatchSize or dataset.maxLength")
+    if (isinstance(error, OSError) and error.errno in _FULL) or _NO_SPACE in str(error):
+        place = getattr(error, "filename", None) or "a file"
+        return RetryableError(
+            "VolumeFull",
+            f"no space left, or a quota used up, for {place}: enlarge the volume, or remove what jobs that are gone "
+            f"left in {contract.JOBS_FOLDER}",
+        )
     if isinstance(error, PermissionError):
         return UserError(
             "PermissionDenied", f"{error.strerror}: {error.filename}: let user {os.getuid()} or its group use that path"
