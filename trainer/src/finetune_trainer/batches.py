@@ -29,6 +29,7 @@ DATA_NAME = "data.json"
 _LENGTH_MULTIPLE = 8
 """Rows are cut after their last token, at a multiple of this many positions: few distinct shapes, little padding."""
 _SCAN_ROWS = 1024
+_TELLING_TOKENS = 8
 
 
 class Counts(NamedTuple):
@@ -89,12 +90,22 @@ class PreparedRows:
         )
 
     def first_packed_row(self) -> int | None:
-        """The first row that holds more than one document; None when no row does."""
+        """The first row that holds more than one document; None when no row does.
+
+        Where there is one, it is a row whose first two documents have tokens enough to show that they see each other.
+        """
+        first = None
         for start in range(0, self.segment_ids.shape[0], _SCAN_ROWS):
-            packed = (self.segment_ids[start : start + _SCAN_ROWS].max(axis=1, initial=0) > 1).nonzero()[0]
-            if len(packed):
-                return start + int(packed[0])
-        return None
+            segments = self.segment_ids[start : start + _SCAN_ROWS]
+            telling = ((segments == 1).sum(axis=1) >= _TELLING_TOKENS) & (
+                (segments == 2).sum(axis=1) >= _TELLING_TOKENS
+            )
+            if telling.any():
+                return start + int(telling.argmax())
+            packed = (segments > 1).any(axis=1)
+            if first is None and packed.any():
+                first = start + int(packed.argmax())
+        return first
 
     def _targets(self, rows: Tokens) -> Tokens:
         """Position j must predict the label of j + 1, if that is supervised and belongs to the same document."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from finetune_trainer.attention_masks import document_mask
+from finetune_trainer.attention_masks import DocumentMasks
 from finetune_trainer.backends import IGNORED, MicroBatch
 from finetune_trainer.batches import PreparedRows
 from finetune_trainer.errors import UserError
@@ -174,7 +174,7 @@ def logits_at(model: Any, batch: MicroBatch, positions: Any) -> torch.Tensor:
     if "position_ids" in known:
         arguments["position_ids"] = torch.from_numpy(batch.position_ids).long().to(model.device)
     if batch.segment_ids.max(initial=0) > 1:
-        arguments["attention_mask"] = document_mask(segments)
+        arguments["attention_mask"] = DocumentMasks(_innermost(model))(segments)
     columns = torch.from_numpy(np.asarray(positions)).to(model.device)
     keeps = "logits_to_keep" in known
     if keeps:
