@@ -57,5 +57,5 @@ class _DocumentAlibi:
             return whole
         positions = (mask[:, 0] == 0).sum(dim=-1) - 1  # (b, s), how far back a position sees
         slopes = self._of_whole_rows(torch.ones(1, 2, device=mask.device), num_heads, torch.float32)[:, 0, 1]
-        alibi = slopes[None, :, None] * positions[:, None, :]
+        alibi: torch.Tensor = slopes[None, :, None] * positions[:, None, :]
         return alibi.reshape(-1, 1, positions.shape[-1]).to(dtype)
