@@ -155,6 +155,7 @@ SIZES = {
 
 def test_sizes_that_come_out_even_are_no_problem() -> None:
     assert check_parallelism(SIZES) == check_parallelism({"globalBatchSize": 24}) == check_parallelism({}) == ()
+    assert check_parallelism({**SIZES, "strategy": "fsdp"}) == ()
 
 
 def test_sizes_that_do_not_come_out_even_are_told_with_all_their_factors() -> None:
@@ -164,6 +165,8 @@ def test_sizes_that_do_not_come_out_even_are_told_with_all_their_factors() -> No
         "parallelism.globalBatchSize: must be microBatchSize 3 x gradientAccumulationSteps 2 x dataParallelSize 4, is "
         "25: use 24",
     ]
+    (problem,) = check_parallelism({**SIZES, "strategy": "zero"})
+    assert str(problem) == "parallelism.strategy: must be 'ddp' or 'fsdp', is 'zero'"
     (problem,) = check_parallelism({**SIZES, "microBatchSize": "3"})
     assert str(problem) == "parallelism.microBatchSize: must be a whole number of at least 1, is '3'"
 

@@ -13,7 +13,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,9 @@ _PRODUCTS = (
     ("worldSize", ("tensorParallelSize", "pipelineParallelSize", "dataParallelSize")),
     ("globalBatchSize", ("microBatchSize", "gradientAccumulationSteps", "dataParallelSize")),
 )
+
+_SIZES = tuple(dict.fromkeys(name for total, factors in _PRODUCTS for name in (total, *factors)))
+STRATEGIES = ("ddp", "fsdp")
 
 Schema = Mapping[str, Any]
 
@@ -86,12 +89,18 @@ def check_parallelism(sizes: Mapping[str, Any]) -> tuple[Problem, ...]:
     globalBatchSize = microBatchSize * gradientAccumulationSteps * dataParallelSize. A product counts where all of its
     sizes are there: prepare gets globalBatchSize only.
     """
-    wrong = {name for name, size in sizes.items() if isinstance(size, bool) or not isinstance(size, int) or size < 1}
+    given = {name: sizes[name] for name in _SIZES if name in sizes}
+    wrong = {name for name, size in given.items() if isinstance(size, bool) or not isinstance(size, int) or size < 1}
     problems = [
-        Problem(f"parallelism.{name}", sizes[name], f"must be a whole number of at least 1, is {_shown(sizes[name])}")
-        for name in sizes
+        Problem(f"parallelism.{name}", given[name], f"must be a whole number of at least 1, is {_shown(given[name])}")
+        for name in given
         if name in wrong
     ]
+    strategy = sizes.get("strategy", "ddp")
+    if strategy not in STRATEGIES:
+        problems.append(
+            Problem("parallelism.strategy", strategy, f"must be {_either(STRATEGIES)}, is {_shown(strategy)}")
+        )
     for name, factors in _PRODUCTS:
         if wrong & {name, *factors} or not sizes.keys() >= {name, *factors}:
             continue
@@ -326,7 +335,7 @@ def _fits(pattern: str, text: str) -> bool:
     return re.search(re.sub(r"(?<!\\)\$$", r"\\Z", pattern), text) is not None
 
 
-def _either(choices: list[str]) -> str:
+def _either(choices: Sequence[str]) -> str:
     quoted = [repr(choice) for choice in choices]
     return f"{', '.join(quoted[:-1])} or {quoted[-1]}" if len(quoted) > 1 else quoted[0]
 
