@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from finetune_trainer import contract
-from finetune_trainer.artifacts import new_artifact
+from finetune_trainer.artifacts import artifact_ref, new_artifact
 from finetune_trainer.contract import ContractError, ExitCode, StageConfig
 from finetune_trainer.errors import UserError
 from finetune_trainer.formats import build_prompt
@@ -139,6 +140,37 @@ def test_losses_and_answers_are_those_of_each_document_and_prompt_alone(
     if use_merged:
         assert report.metrics["mergedLogitDifference"] < 1e-5
         assert report.metrics["mergedGreedyAgreement"] == 1.0
+
+
+def test_a_model_of_which_every_weight_was_trained_is_measured_as_it_is(
+    make_config: Any, merged: Path, tiny_model: Path, workspace: Path, adapter_artifacts: ModuleType
+) -> None:
+    tuned_loss, _ = plain_loss(AutoModelForCausalLM.from_pretrained(merged).eval())
+    config = make_config({})
+    whole = adapter_artifacts.copy_artifact(merged, workspace / "whole", "consolidate")
+    inputs = {**config.inputs, "consolidate": artifact_ref(workspace, whole)}
+    report = evaluate.run(replace(config, inputs=inputs))
+    assert report.metrics["tunedLoss"] == pytest.approx(tuned_loss, abs=2e-6)
+    assert abs(report.metrics["baseLoss"] - tuned_loss) > 1e-3
+    assert "mergedLogitDifference" not in report.metrics
+
+
+@pytest.mark.parametrize("use_merged", [False, True], ids=["base with its adapter", "the merged model"])
+def test_dora_and_modules_saved_whole_count_with_and_without_a_merge(
+    make_config: Any, tiny_model: Path, tmp_path: Path, workspace: Path, adapter_artifacts: ModuleType, use_merged: bool
+) -> None:
+    settings = {"lora_alpha": 64, "use_dora": True, "modules_to_save": ["lm_head"]}
+    adapter = adapter_artifacts.random_adapter(tiny_model, tmp_path / "dora", **settings)
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter).eval()
+    tuned_loss, _ = plain_loss(tuned)
+    merged = tmp_path / "merged-dora"
+    tuned.merge_and_unload().save_pretrained(merged)
+    config = make_config({}, merged=merged if use_merged else None)
+    consolidated = adapter_artifacts.copy_artifact(adapter, workspace / "dora", "consolidate")
+    inputs = {**config.inputs, "consolidate": artifact_ref(workspace, consolidated)}
+    report = evaluate.run(replace(config, inputs=inputs))
+    assert report.metrics["tunedLoss"] == pytest.approx(tuned_loss, abs=2e-6)
+    assert report.metrics.get("mergedLogitDifference", 0.0) < 1e-5
 
 
 def test_a_merged_model_that_lacks_its_adapter_is_seen_in_the_logits(make_config: Any, tiny_model: Path) -> None:

@@ -1,7 +1,9 @@
 """The evaluate stage: is the tuned model better than its base, on held-out rows and on the job's prompts?
 
-Reads inputs `model`, `prepare` and `consolidate`, and `merge` where it ran. Without it the tuned model is the base with
-its adapter, by peft; with it the merged model is measured, and its logits are held against that.
+Reads inputs `model`, `prepare` and `consolidate`, and `merge` where it ran. The tuned model is the merged one; without
+it the base with its adapter, by peft; or, where every weight was trained, consolidate's whole model. A merged model's
+logits are held against base plus adapter. The base is the job's own, as its files are, also where training held it
+quantized: that is what an adapter is merged into and served with, and what both ways to deliver one are compared by.
 Writes evaluation.json. A gate that is missed still leaves the whole artifact: the numbers are the answer.
 """
 
@@ -16,7 +18,8 @@ from typing import Any
 
 import torch
 
-from finetune_trainer.artifacts import new_artifact, open_input
+from finetune_trainer.adapters import ADAPTER_CONFIG_NAME
+from finetune_trainer.artifacts import new_artifact, open_input, read_manifest
 from finetune_trainer.batches import open_validation_rows, read_data
 from finetune_trainer.contract import (
     CONSOLIDATE,
@@ -43,10 +46,11 @@ from finetune_trainer.evaluation import (
     pick_device,
     sample_logits,
 )
-from finetune_trainer.formats import build_prompt
+from finetune_trainer.formats import RecordFormat, open_format
 from finetune_trainer.model_files import read_model_config
 from finetune_trainer.stage import finished_report, keep_report
 from finetune_trainer.tokenization import Encoder, load_tokenizer
+from finetune_trainer.tokenizer_files import PROMPT_KEY, check_tokenizer, tokenizer_files
 
 EVALUATION_NAME = "evaluation.json"
 DEFAULT_MAX_NEW_TOKENS = 64
@@ -120,17 +124,21 @@ def run(config: StageConfig) -> Report:
         )
     base = open_input(config, MODEL_INPUT)
     merged = open_input(config, MERGE) if MERGE in config.inputs else None
-    adapter = open_input(config, CONSOLIDATE) if merged is None or CONSOLIDATE in config.inputs else None
+    trained = open_input(config, CONSOLIDATE) if merged is None or CONSOLIDATE in config.inputs else None
+    is_adapter = trained is not None and (trained / ADAPTER_CONFIG_NAME).is_file()
+    adapter, whole = (trained, merged) if is_adapter else (None, merged or trained)
     remote_code = bool(data.get("trustRemoteCode"))
     tokenizer = load_tokenizer(base, trust_remote_code=remote_code)
-    encoder = Encoder(tokenizer)
-    prompts = _encode(args, data["format"], encoder)
+    _check_tokenizers(data, base, whole)
+    record_format = _open_format(data, tokenizer)
+    encoder = Encoder(tokenizer, record_format.end_of_turn)
+    prompts = _encode(args, record_format, encoder)
     check_lengths(prompts, args.max_new_tokens, read_model_config(base).get("max_position_embeddings"))
     device = pick_device()
     torch.set_num_threads(available_cpus())
     print(
         f"{supervised} held-out tokens in {len(rows.input_ids)} rows and {len(prompts)} prompts on {device.type}; "
-        f"the tuned model is {'the merged one' if merged else 'the base with its adapter'}",
+        f"the tuned model is {'the merged one' if merged else 'the base with its adapter' if adapter else 'whole'}",
         flush=True,
     )
 
@@ -148,7 +156,7 @@ def run(config: StageConfig) -> Report:
 
     of_base = measure(base, None, adapter)
     gc.collect()  # one model in memory at a time; its modules refer to each other, so only the collector frees them
-    of_tuned = measure(merged, None, None) if merged else measure(base, adapter, None)
+    of_tuned = measure(whole, None, None) if whole else measure(base, adapter, None)
     evaluation = compare(args, prompts, of_base, of_tuned)
     for entry in evaluation["prompts"]:
         print(json.dumps(entry, ensure_ascii=False), flush=True)
@@ -224,9 +232,32 @@ def summarize(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {**metrics, "prompts": shown} if shown else metrics
 
 
-def _encode(args: Args, format_name: str, encoder: Encoder) -> list[EncodedPrompt]:
-    texts = [build_prompt(format_name, prompt.text, prompt.context) for prompt in args.prompts]
-    tokens = encoder.encode_prompts(texts) if texts else []
+def _check_tokenizers(data: Mapping[str, Any], base: Path, tuned: Path | None) -> None:
+    """UserError when the base model, or a tuned one with files of its own, has another tokenizer than prepare had."""
+    expected = data.get("tokenizer")
+    if expected is None:
+        return
+    check_tokenizer(expected, tokenizer_files(read_manifest(base)), "the base model")
+    if tuned is not None:
+        check_tokenizer(expected, tokenizer_files(read_manifest(tuned)), "the tuned model")
+
+
+def _open_format(data: Mapping[str, Any], tokenizer: Any) -> RecordFormat:
+    """prepare's own format; UserError when this release puts other words around a question than prepare's did."""
+    record_format = open_format(data["format"], template=data.get("template"), tokenizer=tokenizer)
+    expected, found = data.get(PROMPT_KEY), record_format.prompt_digest()
+    if expected not in (None, found):
+        raise UserError(
+            "PromptChanged",
+            f"prompts of format {record_format.name} have {PROMPT_KEY} {found}, the data was prepared with {expected}: "
+            "use one release for a job, or run prepare again",
+        )
+    return record_format
+
+
+def _encode(args: Args, record_format: RecordFormat, encoder: Encoder) -> list[EncodedPrompt]:
+    texts = [record_format.prompt(prompt.text, prompt.context) for prompt in args.prompts]
+    tokens = encoder.encode_prompts(texts, rendered=record_format.rendered) if texts else []
     return [EncodedPrompt(text, ids) for text, ids in zip(texts, tokens, strict=True)]
 
 
