@@ -73,7 +73,7 @@ def write_checkpoint(
 
 
 def random_adapter(model: Path, folder: Path, *, seed: int = 1, **lora: Any) -> Path:
-    """An adapter folder written by peft for the model in `model`, with all matrices random."""
+    """An adapter folder written by peft for the model in `model`, with all that it trains random or moved at random."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -82,6 +82,10 @@ def random_adapter(model: Path, folder: Path, *, seed: int = 1, **lora: Any) -> 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if parameter.requires_grad and not any(part in name for part in (".lora_A.", ".lora_B.", ".lora_emb")):
+                    parameter += 0.1 * torch.randn_like(parameter) * (parameter.std() if parameter.std() > 0 else 1.0)
     adapted.save_pretrained(folder, save_embedding_layers=False)
     return folder
 

@@ -121,6 +121,7 @@ def test_plain_peft_loads_the_adapter_and_computes_the_same(
     manifest = verify_artifact(config.output_path, report.artifacts["consolidate"].digest)
     assert manifest.metadata["targets"]["model.layers.1.self_attn.v_proj.weight"] == {
         "module": "model.layers.1.self_attn.v_proj",
+        "kind": "lora",
         "rank": 4,
         "scale": 2.0,
     }

@@ -45,13 +45,13 @@ def edit_json(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-def logits_of(model: Any) -> torch.Tensor:
+def logits_of(model: Any) -> Any:
     with torch.no_grad():
         return model.eval()(TOKENS).logits
 
 
 @pytest.fixture
-def adapter(tiny_model: Path, tmp_path: Path, adapter_artifacts: ModuleType) -> Path:
+def adapter(tiny_model: Path, tmp_path: Path, adapter_artifacts: ModuleType) -> Any:
     return adapter_artifacts.random_adapter(tiny_model, tmp_path / "adapter")
 
 
@@ -69,6 +69,9 @@ def adapter(tiny_model: Path, tmp_path: Path, adapter_artifacts: ModuleType) -> 
             id="rank and alpha patterns",
         ),
         pytest.param({"target_modules": ["embed_tokens", "lm_head"]}, id="embedding and output layer, untied"),
+        pytest.param({"use_dora": True, "target_modules": ALL_LINEAR}, id="DoRA on all linear layers"),
+        pytest.param({"use_dora": True, "use_rslora": True, "target_modules": ["embed_tokens"]}, id="DoRA embedding"),
+        pytest.param({"modules_to_save": ["lm_head", "embed_tokens"]}, id="modules to save"),
     ],
 )
 def test_merged_logits_equal_base_plus_adapter_logits(
@@ -292,11 +295,16 @@ def quantized(base: Path, adapter: Path) -> None:
     edit_json(base / "config.json", quantization_config={"load_in_4bit": True})
 
 
-def tied(base: Path, adapter: Path) -> None:
-    edit_json(base / "config.json", tie_word_embeddings=True)
+def quantized_names(base: Path, adapter: Path) -> None:
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight.absmax"] = torch.ones(4)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def resized(base: Path, adapter: Path) -> None:
     tensors = load_file(adapter / "adapter_model.safetensors")
-    renamed = {name.replace("model.layers.1.self_attn.v_proj", "lm_head"): value for name, value in tensors.items()}
-    save_file(renamed, adapter / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.weight"] = torch.zeros(500, 32)
+    save_file(tensors, adapter / "adapter_model.safetensors")
 
 
 def integer_weights(base: Path, adapter: Path) -> None:
@@ -324,9 +332,14 @@ def no_weights(base: Path, adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "kind", "words"),
     [
-        pytest.param({"use_dora": True}, UserError, "use_dora is True: DoRA", id="DoRA"),
-        pytest.param({"bias": "all"}, UserError, "bias is 'all'", id="trained biases"),
-        pytest.param({"modules_to_save": ["lm_head"]}, UserError, "modules_to_save", id="modules to save"),
+        pytest.param(
+            {"use_dora": True}, CorruptArtifact, "no .*q_proj.lora_magnitude_vector", id="DoRA without lengths"
+        ),
+        pytest.param({"bias": "some"}, UserError, "bias is 'some'", id="an unknown bias"),
+        pytest.param(
+            {"modules_to_save": ["lm_head"]}, CorruptArtifact, "names lm_head.*no weights", id="nothing saved"
+        ),
+        pytest.param({"layer_replication": [[0, 2]]}, UserError, "layer_replication", id="replicated layers"),
         pytest.param({"peft_type": "IA3"}, UserError, "peft_type is 'IA3'", id="another kind of adapter"),
         pytest.param({"r": 5}, CorruptArtifact, "do not fit rank 5", id="a rank that its matrices do not have"),
         pytest.param({"lora_alpha": None}, CorruptArtifact, "lora_alpha of .* is None", id="no alpha"),
@@ -338,7 +351,10 @@ def no_weights(base: Path, adapter: Path) -> None:
             other_module, CorruptArtifact, "layers.7.*trained on another model", id="a module that is not there"
         ),
         pytest.param(quantized, UserError, "quantization_config", id="a quantised base"),
-        pytest.param(tied, UserError, "lm_head.*tie_word_embeddings", id="tied embeddings"),
+        pytest.param(resized, UserError, "vocabulary was extended", id="an extended vocabulary"),
+        pytest.param(
+            quantized_names, UserError, "lm_head.weight.absmax", id="quantised weights that config.json hides"
+        ),
         pytest.param(integer_weights, UserError, r"q_proj.weight \(I8\)", id="integer weights"),
         pytest.param(cut_base, CorruptArtifact, "model.safetensors is no whole", id="a truncated base"),
         pytest.param(too_large, UserError, "infinite or no numbers in F16", id="a sum beyond float16"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 from finetune_trainer.adapters import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
+    AdapterMatch,
     AdapterTarget,
-    has_tied_embeddings,
     match_adapter,
 )
 from finetune_trainer.artifacts import ArtifactWriter
@@ -42,8 +42,8 @@ class Consolidated:
 
 def prove_adapter(
     checkpoint: Checkpoint, adapter_config: Mapping[str, Any], base: ModelFiles, model_config: Mapping[str, Any]
-) -> list[AdapterTarget]:
-    """The targets of the checkpoint's adapter in the base model, by names and shapes alone.
+) -> AdapterMatch:
+    """What the checkpoint's adapter changes in the base model, by names and shapes alone.
 
     Raises what match_adapter raises; CorruptArtifact too when the checkpoint holds no parameters.
     """
@@ -54,12 +54,12 @@ def prove_adapter(
         adapter_config,
         {name: tensor.shape for name, tensor in parameters.items()},
         {name: tensor.shape for name, tensor in base.tensors.items()},
-        tied_embeddings=has_tied_embeddings(model_config, base.tensors),
+        model_config,
     )
 
 
 def write_adapter(
-    checkpoint: Checkpoint, adapter_config: Mapping[str, Any], targets: list[AdapterTarget], writer: ArtifactWriter
+    checkpoint: Checkpoint, adapter_config: Mapping[str, Any], targets: Sequence[AdapterTarget], writer: ArtifactWriter
 ) -> Consolidated:
     """Write adapter_model.safetensors and adapter_config.json into the artifact, one tensor after the other.
 
@@ -84,7 +84,7 @@ def write_adapter(
 
 def describe_targets(targets: tuple[AdapterTarget, ...]) -> dict[str, dict[str, Any]]:
     """The targets by base tensor as JSON for the manifest."""
-    return {target.base: {"module": target.module, "rank": target.rank, "scale": target.scale} for target in targets}
+    return {target.tensor: target.as_json() for target in targets}
 
 
 def find_checkpoint(train_artifact: Path) -> Path:

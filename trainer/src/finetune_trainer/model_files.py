@@ -18,6 +18,11 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 
+_QUANTIZED_SUFFIXES = (
+    ".SCB", ".weight_format", ".absmax", ".quant_map", ".qweight", ".qzeros", ".weight_scale",
+    ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4",
+)  # fmt: skip
+"""Ends of the names of tensors that only quantised weights have: bitsandbytes, GPTQ, AWQ, compressed-tensors."""
 _WEIGHT_SUFFIXES = (
     ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".tflite"
 )  # fmt: skip
@@ -77,6 +82,23 @@ def read_model_files(folder: Path) -> ModelFiles:
 def read_model_config(folder: Path) -> Mapping[str, Any]:
     """config.json of the model; CorruptArtifact when it is missing or no JSON object."""
     return read_json_object(folder / CONFIG_NAME, "a model folder needs it beside its weights")
+
+
+def check_unquantized(model: ModelFiles, config: Mapping[str, Any]) -> None:
+    """UserError when config.json or the names of the tensors say that the model's weights are quantised."""
+    names = [name for name in model.tensors if name.endswith(_QUANTIZED_SUFFIXES)]
+    if config.get("quantization_config") or names:
+        found = "its config.json has a quantization_config" if not names else f"it has {some_names(names, limit=2)}"
+        raise UserError(
+            "QuantizedBaseModel",
+            f"{model.folder.name} holds quantised weights ({found}), and a sum would be rounded to them: merge into "
+            "the model that they were made from; an adapter that was trained with method.quantization fits it",
+        )
+
+
+def shard_name(number: int, count: int) -> str:
+    """The file name of shard `number`, from 1, of `count`."""
+    return SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def read_json_object(path: Path, why: str) -> dict[str, Any]:

@@ -158,14 +158,17 @@ class TensorReader:
     def read_range(self, start: int, end: int) -> bytearray:
         """The file's bytes from `start` to `end`; CorruptArtifact when the file became shorter meanwhile."""
         buffer = bytearray(end - start)
-        view = memoryview(buffer)
+        self.read_into(memoryview(buffer), start)
+        return buffer
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        """Fill `view` with the file's bytes from `start` on; CorruptArtifact when the file became shorter meanwhile."""
         done = 0
-        while done < len(buffer):
+        while done < len(view):
             count = os.preadv(self._file.fileno(), [view[done:]], start + done)
             if count == 0:
                 raise _damaged(self.header.path, f"it ends at byte {start + done}, expected {self.header.size} bytes")
             done += count
-        return buffer
 
     def chunks(self, tensor: TensorInfo, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytearray]:
         """The bytes of `tensor` in pieces of at most `chunk_bytes`."""

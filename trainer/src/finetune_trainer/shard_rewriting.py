@@ -1,82 +1,60 @@
-"""Copies safetensors shards while low-rank deltas are added to some of their tensors, in one pass over the disk.
+"""Writes safetensors shards from others in one pass over the disk, while some of their tensors change on the way.
 
-Merging calls rewrite(). Every byte is read once, hashed as input and as output, and written once: unchanged ranges go
-from file to file inside the kernel, changed ones through float32. Memory is bounded by blocks in flight, never by a
-tensor or a file.
+Merging calls rewrite(). A shard whose layout stays is cloned inside the kernel where the file system can share blocks;
+elsewhere each block goes out again from the buffer that it was read into for its hash, which costs no more than a copy
+inside the kernel. Every byte is read once, hashed as input where its digest is known and as output, and the disk is
+kept at work while later blocks are computed. Memory is bounded by blocks in flight, never by a tensor or a file.
 """
 
 from __future__ import annotations
 
-import errno
+import ctypes
+import fcntl
 import hashlib
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
+from finetune_trainer.errors import CorruptArtifact, RetryableError
+from finetune_trainer.safetensors_stream import TensorReader
+from finetune_trainer.tensor_edits import Change, Edit
 
-from finetune_trainer.errors import CorruptArtifact
-from finetune_trainer.safetensors_stream import CHUNK_BYTES, TensorInfo, TensorReader
-from finetune_trainer.tensor_dtypes import Floats, RawBytes, encode, round_in_place, to_float32
+BLOCK_BYTES = 1 << 18
+"""What is read, changed, hashed and written at once. It fits a core's cache: blocks of 1 MiB took 2.5 times the
+processor time to copy, blocks of 4 MiB four times."""
 
-_Done: TypeAlias = tuple[RawBytes, RawBytes, "Change | None"]
-"""A block's bytes as they were and as they are now, and what its patch did."""
-
-_CACHE_ELEMENTS = 1 << 17
-"""Elements that are added at once: their float32 copies stay in a core's own cache."""
-_HASH_BACKLOG = 3
+_HASH_BACKLOG = 16
 """Blocks that may wait for a hash; more would only hold memory."""
-_NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
+_FLUSH_BYTES = 32 << 20
+_FLUSH_BACKLOG = 3
+"""Windows of written bytes that the disk may be behind: what a stop or the final fsync has to wait for."""
 
+_FICLONE = 0x40049409
+_SYNC_FILE_RANGE_WAIT_BEFORE, _SYNC_FILE_RANGE_WRITE, _SYNC_FILE_RANGE_WAIT_AFTER = 1, 2, 4
 
-@dataclass(frozen=True)
-class Patch:
-    """What is added to a matrix: scale * left @ right, with left (rows, rank) and right (rank, columns)."""
-
-    tensor: TensorInfo
-    left: Floats
-    right: Floats
-    scale: float
-
-    def delta(self, first_row: int, last_row: int) -> Floats:
-        """The addend of rows first_row to last_row, exclusive."""
-        delta: Floats = self.left[first_row:last_row] @ self.right
-        delta *= np.float32(self.scale)
-        return delta
-
-
-@dataclass
-class Change:
-    """What a patch did: elements whose value changed, sum of squares of the delta, largest |new - old|."""
-
-    changed: int = 0
-    delta_squares: float = 0.0
-    max_difference: float = 0.0
-
-    def add(self, other: Change) -> None:
-        self.changed += other.changed
-        self.delta_squares += other.delta_squares
-        # max() would drop a NaN that comes second.
-        self.max_difference = float(np.maximum(self.max_difference, other.max_difference))
+_View: TypeAlias = "memoryview[int]"
 
 
 @dataclass(frozen=True)
 class Segment:
     """Source bytes from start to end. They go to `offset` of output number `output`; None means: only hash them.
 
-    `patch` is a function so that a large adapter is read matrix by matrix, when its turn comes.
+    `edit` is a function so that a large adapter is read matrix by matrix, when its turn comes. `again` marks bytes that
+    an earlier segment has, which the source's hash leaves out.
     """
 
     start: int
     end: int
     output: int | None
     offset: int
-    patch: Callable[[], Patch] | None = None
+    edit: Callable[[], Edit] | None = None
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,41 +68,123 @@ class Source:
 
 @dataclass(frozen=True)
 class Output:
-    """One output shard. `header` is written first; empty where the source's header is copied as a segment."""
+    """One output shard of `size` bytes. `header` is written first; empty where the source's is copied as a segment.
+
+    `clone_of` is the source whose bytes it has at the same offsets, but for what edits change.
+    """
 
     path: Path
+    size: int
     header: bytes = b""
+    clone_of: Path | None = None
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """An output on disk, fsynced: its bytes and hex sha256."""
+    """An output on disk, fsynced: its bytes, hex sha256, and what edits did to its tensors, by the edits' names."""
 
     path: Path
     size: int
     sha256: str
+    changes: dict[str, Change] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Stream:
     """Sources that are read one after the other into outputs; independent streams run side by side."""
 
     sources: Sequence[Source]
     outputs: Sequence[Output]
-    changes: dict[str, Change] = field(default_factory=dict)
 
 
-def rewrite(streams: Sequence[Stream], cpus: int) -> list[WrittenFile]:
-    """Run the streams with about `cpus` threads at work; fills each stream's `changes` by tensor name.
+@dataclass(frozen=True)
+class Listener:
+    """Who wants to know: `wrote` gets bytes as they are done, `finished` each output that is complete and fsynced.
 
-    CorruptArtifact when a source does not have the sha256 that it should have.
+    Both are called from several threads.
     """
+
+    wrote: Callable[[int], None] = lambda _count: None
+    finished: Callable[[WrittenFile], None] = lambda _file: None
+
+
+def memory_bytes(cpus: int, streams: int, largest_row: int) -> int:
+    """Upper bound of what rewrite() holds in buffers, edits' own data (adapter matrices) not counted."""
+    at_once = _streams_at_once(cpus, streams)
+    block = max(BLOCK_BYTES, largest_row)
+    buffers = at_once * (max(2, cpus) + 2 * _HASH_BACKLOG + 2) * 2
+    # While an edit is at work it has about five float32 copies of a cache's share of its block.
+    return buffers * block + max(2, cpus) * 10 * max(block, 1 << 19)
+
+
+def rewrite(streams: Sequence[Stream], cpus: int, listener: Listener | None = None) -> list[WrittenFile]:
+    """Run the streams with about `cpus` threads at work; returns the written files in the streams' order.
+
+    An exception in this thread, as a signal's handler raises it, or in a stream ends all of it within the time of a few
+    blocks and leaves unfinished outputs behind. CorruptArtifact when a source does not have the sha256 that it should.
+    """
+    stop = threading.Event()
+    listener = listener or Listener()
     with (
         ThreadPoolExecutor(max_workers=max(2, cpus), thread_name_prefix="block") as blocks,
-        ThreadPoolExecutor(max_workers=max(1, min(len(streams), cpus // 2)), thread_name_prefix="shard") as shards,
+        ThreadPoolExecutor(max_workers=_streams_at_once(cpus, len(streams)), thread_name_prefix="shard") as shards,
     ):
-        done = list(shards.map(lambda stream: _run_stream(stream, blocks, in_flight=max(2, cpus)), streams))
-    return [file for files in done for file in files]
+        running = [shards.submit(_run_stream, stream, blocks, max(2, cpus), listener, stop) for stream in streams]
+        try:
+            wait(running, return_when=FIRST_EXCEPTION)
+            failed = [error for future in running if future.done() and (error := future.exception())]
+            if failed:
+                raise failed[0]
+            return [file for future in running for file in future.result()]
+        finally:
+            stop.set()
+            for future in running:
+                future.cancel()
+
+
+def _streams_at_once(cpus: int, streams: int) -> int:
+    return max(1, min(streams, cpus // 2))
+
+
+class _Buffer:
+    """Bytes of a block, given back for the next one when every user has released them."""
+
+    def __init__(self, data: bytearray, length: int, free: list[bytearray]) -> None:
+        self._data = data
+        self._free = free
+        self._users = 1
+        self._lock = threading.Lock()
+        self.view: _View = memoryview(data)[:length]
+
+    def share(self) -> _Buffer:
+        with self._lock:
+            self._users += 1
+        return self
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+        self.view.release()
+        self._free.append(self._data)
+
+
+class _Buffers:
+    """Memory that is used again: fresh pages for each block would cost as much as copying it."""
+
+    def __init__(self) -> None:
+        # The last one given back is the likeliest to be in a cache still.
+        self._free: list[bytearray] = []
+
+    def take(self, length: int) -> _Buffer:
+        try:
+            data = self._free.pop()
+        except IndexError:
+            data = bytearray()
+        if len(data) < length:
+            data = bytearray(max(length, BLOCK_BYTES))
+        return _Buffer(data, length, self._free)
 
 
 class _Hash:
@@ -135,10 +195,19 @@ class _Hash:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash")
         self._waiting: deque[Future[None]] = deque()
 
-    def update(self, data: RawBytes) -> None:
+    def update(self, buffer: _Buffer) -> None:
+        """Add the bytes of `buffer`, which the caller shares with this hash."""
         if len(self._waiting) >= _HASH_BACKLOG:
             self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(self._state.update, data))
+        self._waiting.append(self._pool.submit(self._add, buffer))
+
+    def _add(self, buffer: _Buffer) -> None:
+        self._state.update(buffer.view)
+        buffer.release()
+
+    def add_now(self, data: bytes) -> None:
+        """Add bytes before the first update."""
+        self._state.update(data)
 
     def fork(self) -> _Hash:
         """A hash that goes on from the same beginning."""
@@ -150,11 +219,50 @@ class _Hash:
         return self._state.hexdigest()
 
     def close(self) -> None:
-        self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)
 
     def _settle(self) -> None:
         while self._waiting:
             self._waiting.popleft().result()
+
+
+class _Flusher:
+    """Sends written bytes to the disk on a thread of its own, so that the disk works while later blocks are computed.
+
+    It keeps few of them behind: what is dirty counts as the pod's memory, and a stop has to wait for it.
+    """
+
+    def __init__(self, fileno: int) -> None:
+        self._fileno = fileno
+        self._call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
+        self._waiting: deque[Future[None]] = deque()
+        self._begin = self._end = 0
+
+    def wrote(self, offset: int, count: int) -> None:
+        if offset != self._end:
+            self._flush()
+            self._begin = offset
+        self._end = offset + count
+        if self._end - self._begin >= _FLUSH_BYTES:
+            self._flush()
+            self._begin = self._end
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _flush(self) -> None:
+        if self._call is None or self._end == self._begin:
+            return
+        if len(self._waiting) >= _FLUSH_BACKLOG:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(self._write_back, self._begin, self._end - self._begin))
+
+    def _write_back(self, offset: int, count: int) -> None:
+        # Its outcome does not matter: fsync tells of errors, and a file system may not know the call.
+        flags = _SYNC_FILE_RANGE_WAIT_BEFORE | _SYNC_FILE_RANGE_WRITE | _SYNC_FILE_RANGE_WAIT_AFTER
+        assert self._call is not None
+        self._call(self._fileno, ctypes.c_int64(offset), ctypes.c_int64(count), flags)
 
 
 class _OutputFile:
@@ -162,108 +270,151 @@ class _OutputFile:
 
     def __init__(self, output: Output, stack: ExitStack) -> None:
         self.path = output.path
+        self.left = output.size
+        self.changes: dict[str, Change] = {}
+        self.done: WrittenFile | None = None
+        self.has_header = bool(output.header)
+        self._size = output.size
         self._stack = stack
         self._file = stack.enter_context(output.path.open("xb", buffering=0))
-        self.fileno = self._file.fileno()
+        self._flusher = _Flusher(self._file.fileno())
+        stack.callback(self._flusher.close)
+        self.cloned = output.clone_of is not None and _clone(output.clone_of, self._file.fileno())
         self.hash: _Hash | None = None
         if output.header:
-            self.own_hash(_Hash())
-            self.write(output.header, 0)
-            self.update(output.header)
+            self.own_hash(_Hash()).add_now(output.header)
+            self.write(memoryview(output.header), 0)
+            self.progress(0, len(output.header))
 
-    def own_hash(self, state: _Hash) -> None:
+    def own_hash(self, state: _Hash) -> _Hash:
         self._stack.callback(state.close)
         self.hash = state
+        return state
 
-    def update(self, data: RawBytes) -> None:
-        if self.hash is not None:
-            self.hash.update(data)
-
-    def write(self, data: RawBytes, offset: int) -> None:
-        view = memoryview(data)
+    def write(self, view: _View, offset: int) -> None:
         while len(view):
-            count = os.pwrite(self.fileno, view, offset)
+            count = os.pwrite(self._file.fileno(), view, offset)
             view, offset = view[count:], offset + count
 
-    def copy(self, source: int, data: RawBytes, start: int, offset: int) -> None:
-        """The source's bytes from `start`, which `data` holds too, to `offset`: within the kernel where it can."""
-        done = 0
-        while done < len(data):
-            try:
-                count = os.copy_file_range(source, self.fileno, len(data) - done, start + done, offset + done)
-            except OSError as error:
-                if error.errno not in _NO_KERNEL_COPY:
-                    raise
-                count = 0
-            if count == 0:
-                self.write(memoryview(data)[done:], offset + done)
-                return
-            done += count
+    def progress(self, offset: int, count: int) -> None:
+        """Note `count` bytes from `offset` on that are in the file."""
+        self.left -= count
+        self._flusher.wrote(offset, count)
 
     def finish(self, source_digest: str) -> WrittenFile:
         """`source_digest` is the digest of the last source, which is this file's too where nothing differed."""
-        os.fsync(self.fileno)
         digest = self.hash.hexdigest() if self.hash is not None else source_digest
-        return WrittenFile(self.path, os.fstat(self.fileno).st_size, digest)
+        os.fsync(self._file.fileno())
+        self.done = WrittenFile(self.path, self._size, digest, self.changes)
+        self._flusher.close()
+        return self.done
+
+
+def _clone(source: Path, target: int) -> bool:
+    """Make the open file `target` share the blocks of `source`; False where the file system cannot."""
+    with source.open("rb") as file:
+        try:
+            fcntl.ioctl(target, _FICLONE, file.fileno())
+        except OSError:
+            return False  # whatever it was, writing the bytes will tell
+    return True
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A piece of a segment, small enough to be held: patched blocks are whole rows from first_row on."""
+    """A piece of a segment, small enough to be held: edited blocks are whole rows from first_row on."""
 
     start: int
     end: int
     output: int | None
     offset: int
-    patch: Patch | None = None
+    edit: Edit | None = None
     first_row: int = 0
+    again: bool = False
 
 
-def _run_stream(stream: Stream, pool: ThreadPoolExecutor, in_flight: int) -> list[WrittenFile]:
+@dataclass(frozen=True)
+class _Done:
+    """A block's bytes as they were and as they are now, and what its edit did. Both are the receiver's to release."""
+
+    old: _Buffer
+    new: _Buffer
+    change: Change | None
+
+
+def _run_stream(
+    stream: Stream, pool: ThreadPoolExecutor, in_flight: int, listener: Listener, stop: threading.Event
+) -> list[WrittenFile]:
+    buffers = _Buffers()
     with ExitStack() as stack:
         outputs = [_OutputFile(output, stack) for output in stream.outputs]
-        digest = ""
         for source in stream.sources:
-            digest = _run_source(source, outputs, stream.changes, pool, in_flight)
+            digest = _run_source(source, outputs, pool, buffers, in_flight, listener, stop)
             if source.sha256 is not None and digest != source.sha256:
                 raise CorruptArtifact(
                     f"{source.path} has sha256 {digest}, expected {source.sha256}: delete the base model's folder on "
                     "the workspace volume and run prepare again"
                 )
-        return [output.finish(digest) for output in outputs]
+            # A shard that its source was copied to is only now known to be right. One with a header of its own is
+            # finished before its sources are: whoever goes on from there reads those, and so proves them, again.
+            for output in outputs:
+                if output.left == 0 and output.done is None:
+                    listener.finished(output.finish(digest))
+        return [output.done for output in outputs if output.done is not None]
 
 
 def _run_source(
-    source: Source, outputs: list[_OutputFile], changes: dict[str, Change], pool: ThreadPoolExecutor, in_flight: int
+    source: Source,
+    outputs: list[_OutputFile],
+    pool: ThreadPoolExecutor,
+    buffers: _Buffers,
+    in_flight: int,
+    listener: Listener,
+    stop: threading.Event,
 ) -> str:
-    """Copy one source; returns its sha256."""
+    """Copy one source; returns its sha256, "" where it is neither known nor an output's."""
     pending: deque[tuple[_Block, Future[_Done]]] = deque()
     with TensorReader(source.path) as reader, ExitStack() as stack:
         digest = _Hash()
         stack.callback(digest.close)
         # Blocks that are still at work use the open files: they must end before those are closed.
         stack.callback(_drain, pending)
+        complete = True
 
         def settle() -> None:
+            nonlocal complete
             block, future = pending.popleft()
-            old, new, change = future.result()
+            done = future.result()
             output = None if block.output is None else outputs[block.output]
-            if change is not None and block.patch is not None and output is not None:
-                changes.setdefault(block.patch.tensor.name, Change()).add(change)
-                if output.hash is None:
-                    output.own_hash(digest.fork())
-            digest.update(old)
+            if output is not None and block.edit is not None and output.hash is None:
+                output.own_hash(digest.fork())
+            if source.sha256 is not None or any(other.hash is None for other in outputs):
+                if not block.again:
+                    digest.update(done.old.share())
+            else:
+                complete = False
             if output is not None:
-                output.update(new)
+                if block.edit is not None and done.change is not None:
+                    output.changes.setdefault(block.edit.name, Change()).add(done.change)
+                if output.hash is not None:
+                    output.hash.update(done.new.share())
+                output.progress(block.offset, len(done.new.view))
+                listener.wrote(len(done.new.view))
+                if output.left == 0 and output.has_header:
+                    listener.finished(output.finish(""))
+            done.old.release()
+            done.new.release()
 
         for block in _blocks(source.segments):
+            if stop.is_set():
+                raise RetryableError("Terminated", f"stopped while {source.path.name} was being rewritten")
             if len(pending) >= in_flight:
                 settle()
             output = None if block.output is None else outputs[block.output]
-            pending.append((block, pool.submit(_do_block, block, reader, output)))
+            pending.append((block, pool.submit(_do_block, block, reader, output, buffers)))
         while pending:
             settle()
-        return digest.hexdigest()
+        return digest.hexdigest() if complete else ""
 
 
 def _drain(pending: deque[tuple[_Block, Future[_Done]]]) -> None:
@@ -271,58 +422,47 @@ def _drain(pending: deque[tuple[_Block, Future[_Done]]]) -> None:
     wait(futures)
 
 
-def _do_block(block: _Block, reader: TensorReader, output: _OutputFile | None) -> _Done:
-    old = reader.read_range(block.start, block.end)
+def _do_block(block: _Block, reader: TensorReader, output: _OutputFile | None, buffers: _Buffers) -> _Done:
+    old = buffers.take(block.end - block.start)
+    reader.read_into(old.view, block.start)
     if output is None:
-        return old, old, None
-    if block.patch is None:
-        output.copy(reader.fileno(), old, block.start, block.offset)
-        return old, old, None
-    new, change = add_rows(block.patch, old, block.first_row)
-    output.write(new, block.offset)
-    return old, new, change
-
-
-def add_rows(patch: Patch, old: RawBytes, first_row: int) -> tuple[bytearray, Change]:
-    """`old` (whole rows of the patched tensor from first_row on) with the delta added in float32 and rounded once."""
-    dtype, columns = patch.tensor.dtype, patch.tensor.shape[1]
-    row_bytes = patch.tensor.nbytes // patch.tensor.shape[0]
-    rows = len(old) // row_bytes
-    step = max(1, _CACHE_ELEMENTS // columns)
-    new, change = bytearray(len(old)), Change()
-    view = memoryview(old)
-    for begin in range(0, rows, step):
-        end = min(begin + step, rows)
-        here = slice(begin * row_bytes, end * row_bytes)
-        before = to_float32(view[here], dtype, (end - begin, columns))
-        delta = patch.delta(first_row + begin, first_row + end)
-        squares = float(np.vdot(delta, delta))
-        after = np.add(before, delta, out=delta)
-        round_in_place(after, dtype)
-        new[here] = encode(after, dtype)
-        difference = np.subtract(after, before, out=before)
-        largest = float(np.maximum(difference.max(), -difference.min()))
-        change.add(Change(int(np.count_nonzero(difference)), squares, largest))
-    return new, change
+        return _Done(old, old.share(), None)
+    if block.edit is None:
+        if not output.cloned:
+            output.write(old.view, block.offset)
+        return _Done(old, old.share(), None)
+    rows = (block.end - block.start) // block.edit.row_bytes
+    new = buffers.take(rows * block.edit.written_row_bytes)
+    change = block.edit.apply(old.view, block.first_row, new.view)
+    output.write(new.view, block.offset)
+    return _Done(old, new, change)
 
 
 def _blocks(segments: Sequence[Segment]) -> Iterator[_Block]:
     for segment in segments:
-        if segment.patch is None:
+        if segment.edit is None or segment.start == segment.end:
             for start, end in _ranges(segment.start, segment.end):
-                yield _Block(start, end, segment.output, segment.offset + start - segment.start)
+                offset = segment.offset + start - segment.start
+                yield _Block(start, end, segment.output, offset, again=segment.again)
             continue
-        patch = segment.patch()
-        rows, row_bytes = patch.tensor.shape[0], patch.tensor.nbytes // patch.tensor.shape[0]
-        step = max(1, CHUNK_BYTES // row_bytes)
-        for row in range(0, rows, step):
-            begin, end = row * row_bytes, min(row + step, rows) * row_bytes
-            yield _Block(segment.start + begin, segment.start + end, segment.output, segment.offset + begin, patch, row)
+        edit = segment.edit()
+        step = max(1, BLOCK_BYTES // max(edit.row_bytes, edit.written_row_bytes))
+        for row in range(0, edit.rows, step):
+            last = min(row + step, edit.rows)
+            yield _Block(
+                segment.start + row * edit.row_bytes,
+                segment.start + last * edit.row_bytes,
+                segment.output,
+                segment.offset + row * edit.written_row_bytes,
+                edit,
+                row,
+                segment.again,
+            )
 
 
 def _ranges(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Pieces that end at multiples of CHUNK_BYTES: aligned pieces can share their blocks on some file systems."""
+    """Pieces that end at multiples of BLOCK_BYTES."""
     while start < end:
-        stop = min((start // CHUNK_BYTES + 1) * CHUNK_BYTES, end)
+        stop = min((start // BLOCK_BYTES + 1) * BLOCK_BYTES, end)
         yield start, stop
         start = stop

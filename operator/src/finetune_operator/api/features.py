@@ -43,8 +43,6 @@ def _unavailable(
         yield "method.type", spec.method.type, release, "use lora"
     if spec.method.quantization != "none":
         yield "method.quantization", spec.method.quantization, release, "use none"
-    if spec.merge.precision != "base":
-        yield "merge.precision", spec.merge.precision, release, "use base"
     if spec.method.lora is not None and "all-linear" in spec.method.lora.target_modules:
         yield "method.lora.targetModules", "all-linear", release, "name the modules"
     if spec.method.lora is not None and spec.method.lora.modules_to_save:

@@ -32,9 +32,9 @@ def run(config: StageConfig) -> Report:
         flush=True,
     )
     adapter_config = read_adapter_config(train)
-    targets = prove_adapter(checkpoint, adapter_config, read_model_files(model), read_model_config(model))
+    match = prove_adapter(checkpoint, adapter_config, read_model_files(model), read_model_config(model))
     with new_artifact(config.output_path, CONSOLIDATE) as writer:
-        result = write_adapter(checkpoint, adapter_config, targets, writer)
+        result = write_adapter(checkpoint, adapter_config, match.targets, writer)
         writer.metadata["targets"] = describe_targets(result.targets)
         writer.metadata["step"] = checkpoint.step
         metrics = {
