@@ -118,6 +118,14 @@ bench-trainer: setup ## The trainer against peft, TRL, cp and torch.save, by tur
 test-kills: setup cluster-up ## Kill the operator before and after every API call of a whole job; minutes (KILLS_ARGS)
 	@$(CLUSTER_ENV); $(PY) tests/kills/run_all.py $(KILLS_ARGS)
 
+.PHONY: test-resume
+test-resume: setup ## Kill a training at every step and moment of a checkpoint, 1 to 4 processes; minutes
+	@$(PY) -m pytest tests/resume $(PYTEST_ARGS)
+
+.PHONY: test-cuda
+test-cuda: setup ## What must hold on a GPU as on a CPU: bf16, FSDP2, nf4, resume, memory; skipped where no GPU is
+	@$(PY) -m pytest tests/cuda $(PYTEST_ARGS)
+
 ##@ Cluster
 
 .PHONY: cluster-up

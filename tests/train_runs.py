@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from safetensors.numpy import save_file
 
 from finetune_trainer import contract
 from finetune_trainer.artifacts import artifact_ref, new_artifact
-from finetune_trainer.contract import Report, StageConfig
+from finetune_trainer.contract import ExitCode, Report, StageConfig
 
 ROW_LENGTH = 24
 VOCABULARY = 300
@@ -95,6 +96,7 @@ def train_config(
     global_batch_size: int = 8,
     packed: bool = False,
     rendezvous: str = "",
+    strategy: str = "ddp",
     training: Mapping[str, Any] | None = None,
     method: Mapping[str, Any] | None = None,
 ) -> StageConfig:
@@ -126,6 +128,7 @@ def train_config(
             "microBatchSize": micro_batch_size,
             "gradientAccumulationSteps": global_batch_size // (micro_batch_size * nodes),
             "globalBatchSize": global_batch_size,
+            "strategy": strategy,
         },
         job={"namespace": "n", "name": "j", "uid": "0f0e"},
         workspace=str(workspace),
@@ -153,8 +156,19 @@ class Ranks:
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
 
-    def start(self, config: StageConfig, folder: Path, world_size: int = 1) -> list[int]:
-        """Start every rank; their process ids. Reports and output go to `folder`."""
+    def start(
+        self,
+        config: StageConfig,
+        folder: Path,
+        world_size: int = 1,
+        *,
+        kill: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> list[int]:
+        """Start every rank; their process ids. Reports and output go to `folder`, `environment` is on top of ours.
+
+        `kill` is where each rank kills itself with SIGKILL, as train_rank_server.py describes.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         for report in folder.glob("report-*"):
             report.unlink()
@@ -169,9 +183,11 @@ class Ranks:
                     "WORLD_SIZE": str(world_size),
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
+                    **(environment or {}),
                 },
                 arguments=["--config", str(stage_json), "--scratch", str(folder)],
                 output=str(folder / f"output-{rank}"),
+                kill=kill,
             )
             for rank in range(world_size)
         ]
@@ -186,6 +202,12 @@ class Ranks:
         reports = read_reports(folder)
         assert [report.exit_code for report in reports] == codes, outputs(folder)
         return reports
+
+    def run_killed(self, config: StageConfig, folder: Path, world_size: int, kill: str) -> None:
+        """Start every rank and wait for the kill, which ends rank 0 by SIGKILL; another may end for lack of it."""
+        codes = self.wait(self.start(config, folder, world_size, kill=kill))
+        assert codes[0] == -signal.SIGKILL, outputs(folder)
+        assert set(codes) <= {-signal.SIGKILL, ExitCode.RETRYABLE}, outputs(folder)
 
     def close(self) -> None:
         assert self._server.stdin is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from train_runs import METHOD, make_rows, train_config, write_prepared
+from gradients import assert_same_gradient, gradient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from train_runs import METHOD, ROW_LENGTH, make_rows, train_config, write_prepared
 
 from finetune_trainer import contract, training
 from finetune_trainer.backends import IGNORED, MicroBatch, ModelPlan
@@ -47,18 +50,36 @@ def make_plan(**changes: Any) -> TrainingPlan:
 
 
 @pytest.fixture
-def make_backend(tiny_model: Path) -> Callable[..., TorchBackend]:
-    def make(*, keep_masks: bool = False, method: dict[str, Any] = NO_DROPOUT, precision: str = "fp32") -> TorchBackend:
-        backend = TorchBackend("cpu")
+def make_backend(tiny_model: Path) -> Iterator[Callable[..., TorchBackend]]:
+    backends = []
+
+    def make(
+        *,
+        keep_masks: bool = False,
+        method: dict[str, Any] = NO_DROPOUT,
+        precision: str = "fp32",
+        strategy: str = "ddp",
+        gradient_checkpointing: bool = False,
+    ) -> TorchBackend:
+        backend = TorchBackend("cpu", strategy)
         backend.start()
+        backends.append(backend)
         backend.build(
             ModelPlan(
-                folder=tiny_model, method=method, precision=precision, weight_decay=0.1, seed=3, keep_masks=keep_masks
+                folder=tiny_model,
+                method=method,
+                precision=precision,
+                weight_decay=0.1,
+                seed=3,
+                keep_masks=keep_masks,
+                gradient_checkpointing=gradient_checkpointing,
             )
         )
         return backend
 
-    return make
+    yield make
+    for backend in backends:
+        backend.stop()
 
 
 @pytest.fixture(params=[False, True], ids=["one document a row", "packed rows"])
@@ -71,30 +92,79 @@ def is_packed(rows: PreparedRows) -> bool:
     return rows.first_packed_row() is not None
 
 
-def gradient(
-    backend: TorchBackend, rows: PreparedRows, micro_batch_size: int, dp_size: int
-) -> tuple[torch.Tensor, float]:
-    """The summed gradient of step 0 and its loss when dp_size ranks share it; here one process plays all of them."""
-    supervised = rows.counts(0).supervised
-    for dp_rank in range(dp_size):
-        for chunk, batch in rows.micro_batches(0, micro_batch_size, dp_rank, dp_size):
-            backend.micro_step(batch, 1.0 / supervised, chunk_seed(3, 0, chunk))
-    loss, _ = backend.reduce([0.0])
-    summed = backend._flat[:-8].clone()
-    backend._flat.zero_()
-    return summed, loss
+FULL = {"type": "full", "quantization": "none"}
 
 
+@pytest.mark.parametrize(
+    ("strategy", "method"),
+    [("ddp", FULL), ("fsdp", NO_DROPOUT), ("fsdp", FULL)],
+    ids=["copies", "shares", "all shares"],
+)
 def test_the_gradient_is_the_same_however_the_global_batch_is_split(
+    make_backend: Callable[..., TorchBackend], rows: PreparedRows, strategy: str, method: dict[str, Any]
+) -> None:
+    whole, loss = gradient(make_backend(keep_masks=is_packed(rows), method=method), rows, GLOBAL_BATCH, 1)
+    assert float(whole.abs().max()) > 1e-4
+    backend = make_backend(keep_masks=is_packed(rows), method=method, strategy=strategy)
+    for micro_batch_size, dp_size in ((1, 1), (2, 2), (1, 8)):
+        split, split_loss = gradient(backend, rows, micro_batch_size, dp_size)
+        assert_same_gradient(split, whole)
+        assert split_loss == pytest.approx(loss, rel=1e-6)
+
+
+SUPERVISED = st.lists(st.integers(0, ROW_LENGTH - 2), min_size=GLOBAL_BATCH, max_size=GLOBAL_BATCH)
+
+
+@given(supervised=SUPERVISED.filter(any), split=st.sampled_from([(1, 1), (1, 2), (2, 4), (4, 1), (1, 8), (8, 1)]))
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_numbers_of_supervised_tokens_and_any_split_give_the_gradient_of_the_whole_batch(
+    shared_backend: TorchBackend, supervised: list[int], split: tuple[int, int]
+) -> None:
+    arrays = make_rows(GLOBAL_BATCH, packed=False)
+    arrays["segment_ids"][:], arrays["labels"][:] = 1, -100
+    for row, count in enumerate(supervised):
+        arrays["labels"][row, ROW_LENGTH - count :] = arrays["input_ids"][row, ROW_LENGTH - count :]
+    order = np.arange(GLOBAL_BATCH, dtype=np.int32)
+    rows = PreparedRows(**arrays, order=order, max_steps=1, global_batch_size=GLOBAL_BATCH)
+    assert rows.counts(0).supervised == sum(supervised)
+    whole, loss = gradient(shared_backend, rows, GLOBAL_BATCH, 1)
+    found, split_loss = gradient(shared_backend, rows, *split)
+    assert_same_gradient(found, whole)
+    assert split_loss == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.fixture(params=["ddp", "fsdp"])
+def shared_backend(request: pytest.FixtureRequest, make_backend: Callable[..., TorchBackend]) -> TorchBackend:
+    return make_backend(strategy=request.param)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_gradient_checkpointing_changes_no_bit_with_dropout(
+    make_backend: Callable[..., TorchBackend], rows: PreparedRows, strategy: str
+) -> None:
+    method = {**METHOD, "lora": {**METHOD["lora"], "dropout": 0.3}}  # type: ignore[dict-item]
+    plain = make_backend(keep_masks=is_packed(rows), method=method, strategy=strategy)
+    saving = make_backend(keep_masks=is_packed(rows), method=method, strategy=strategy, gradient_checkpointing=True)
+    assert plain._model.is_gradient_checkpointing is False
+    assert saving._model.is_gradient_checkpointing is True
+    expected, loss = gradient(plain, rows, 2, 2)
+    found, found_loss = gradient(saving, rows, 2, 2)
+    assert torch.equal(found, expected)
+    assert found_loss == loss
+
+
+def test_weights_that_travel_in_bf16_train_as_float32(
     make_backend: Callable[..., TorchBackend], rows: PreparedRows
 ) -> None:
-    backend = make_backend(keep_masks=is_packed(rows))
-    whole, loss = gradient(backend, rows, GLOBAL_BATCH, 1)
-    assert float(whole.abs().max()) > 1e-4
-    for micro_batch_size, dp_size in ((1, 1), (2, 1), (2, 2), (1, 4), (4, 2), (1, 8)):
-        split, split_loss = gradient(backend, rows, micro_batch_size, dp_size)
-        torch.testing.assert_close(split, whole, rtol=0, atol=1e-6)
-        assert split_loss == pytest.approx(loss, abs=1e-6)
+    backends = [
+        make_backend(keep_masks=is_packed(rows), precision="bf16", method=FULL, strategy=strategy)
+        for strategy in ("ddp", "fsdp")
+    ]
+    (whole, loss), (shares, shares_loss) = (gradient(backend, rows, 2, 1) for backend in backends)
+    assert {facts.dtype for facts in backends[1].parameters().values()} == {"F32"}
+    assert shares.dtype == torch.float32
+    assert float((shares - whole).norm() / whole.norm()) < 0.02
+    assert shares_loss == pytest.approx(loss, rel=0.01)
 
 
 def test_the_loss_is_the_mean_over_supervised_tokens_that_transformers_computes(
@@ -211,17 +281,13 @@ def test_the_operator_is_told_of_every_step_whatever_is_logged(
     posted = Posted()
     progress = Progress(posted, plan.total_steps)
     training.train(make_backend(), plan, rows, tmp_path / "work", None, progress, should_stop=lambda: False)
-    assert posted.facts == [
-        (0, None, None),
-        (1, None, None),
-        (2, None, None),
-        (2, "saving", None),
-        (2, None, 2),
-        (3, None, 2),
-        (4, None, 2),
-        (4, "saving", 2),
-        (4, None, 4),
-    ]
+    steps = [step for step, _, _ in posted.facts]
+    assert steps == sorted(steps)
+    assert set(steps) == {0, 1, 2, 3, 4}
+    assert [step for step, phase, _ in posted.facts if phase == "saving"] == [2, 4]
+    # Of the first checkpoint it is told when it is written, which training does not wait for.
+    assert list(dict.fromkeys(last for _, _, last in posted.facts)) == [None, 2, 4]
+    assert posted.facts[-1] == (4, None, 4)
 
 
 class Overtaken(TorchBackend):
@@ -266,14 +332,24 @@ def test_a_batch_without_supervised_tokens_stops_with_its_step(
         run(make_backend(), make_plan(), silent, tmp_path / "work")
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_clipping_scales_the_gradient_to_its_bound_and_reports_the_norm_before(
-    make_backend: Callable[..., TorchBackend], tmp_path: Path
+    make_backend: Callable[..., TorchBackend], rows: PreparedRows, strategy: str
 ) -> None:
-    backend = make_backend()
-    backend._flat[:-8] = 2.0
-    expected = 2.0 * math.sqrt(backend._flat.numel() - 8)
-    assert backend.update(0.0, 1.0) == pytest.approx(expected, rel=1e-5)
-    assert float(backend._flat.abs().max()) == 0.0
+    """The first moment after one step is a tenth of the gradient that the optimizer saw."""
+    backend = make_backend(keep_masks=is_packed(rows), strategy=strategy)
+    whole, _ = gradient(backend, rows, 2, 1)
+    bound = float(whole.norm()) / 4
+    supervised = rows.counts(0).supervised
+    for chunk, batch in rows.micro_batches(0, 2, 0, 1):
+        backend.micro_step(batch, 1.0 / supervised, chunk_seed(3, 0, chunk), last=chunk == 3)
+    backend.reduce([])
+    assert backend.update(0.0, bound) == pytest.approx(float(whole.norm()), rel=1e-5)
+    moments = [bytes(part.data()) for part in backend.slices() if part.kind == "exp_avg"]
+    seen = 10 * np.frombuffer(b"".join(moments), dtype=np.float32)
+    assert float(np.linalg.norm(seen)) == pytest.approx(bound, rel=1e-5)
+    assert backend.reduce([])[0] == 0.0
+    assert backend.update(0.0, bound) == 0.0
 
 
 def test_weight_decay_is_for_matrices_only(make_backend: Callable[..., TorchBackend]) -> None:

@@ -98,6 +98,16 @@ class StoredTensor:
             with TensorReader(part.path) as reader:
                 yield from reader.chunks(part.info)
 
+    def rows(self, start: int, stop: int) -> Iterator[bytearray]:
+        """The bytes of rows `start` to `stop` of dimension 0, one piece for each slice that has some of them."""
+        for part in self.slices:
+            first, last = max(start, part.start), min(stop, part.stop)
+            if first < last:
+                row = part.info.nbytes // (part.stop - part.start)
+                begin = part.info.start + (first - part.start) * row
+                with TensorReader(part.path) as reader:
+                    yield reader.read_range(begin, begin + (last - first) * row)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -115,9 +125,10 @@ class Checkpoint:
         """The trainable parameters by name, sorted."""
         return {name: self.tensors[kind, name] for kind, name in sorted(self.tensors) if kind == PARAMETER}
 
-    def read(self, kind: str, name: str) -> bytearray:
-        """All bytes of one tensor, put together from its slices."""
-        return bytearray(b"".join(self.tensors[kind, name].chunks()))
+    def read_rows(self, kind: str, name: str, start: int, stop: int) -> bytearray:
+        """The bytes of rows `start` to `stop` of one tensor, whichever ranks wrote them."""
+        pieces = list(self.tensors[kind, name].rows(start, stop))
+        return pieces[0] if len(pieces) == 1 else bytearray(b"".join(pieces))
 
 
 @dataclass(frozen=True)

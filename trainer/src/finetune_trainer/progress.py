@@ -145,9 +145,9 @@ class Progress:
         self._post(**facts)
 
     def saved(self, step: int, seconds: float) -> None:
-        """The checkpoint of `step` is complete after `seconds`."""
+        """The checkpoint of `step` is complete after `seconds`; training may be further by then."""
         print(f"checkpoint of step {step} written in {seconds:.2f} s", flush=True)
-        self._post(step=step, lastCheckpoint=step)
+        self._post(lastCheckpoint=step)
 
     def close(self) -> None:
         self._poster.close()

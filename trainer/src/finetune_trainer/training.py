@@ -15,29 +15,24 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from finetune_trainer.artifacts import new_artifact, remove_artifact
 from finetune_trainer.backends import Backend, MicroBatch, Tokens
 from finetune_trainer.batches import PreparedRows
+from finetune_trainer.checkpoint_writing import CheckpointWriter, Saved
 from finetune_trainer.checkpoints import (
-    CHECKPOINT_KIND,
     FORMAT_VERSION,
-    STATE_NAME,
     Checkpoint,
     checkpoint_folder,
     differences,
     find_last_checkpoint,
     read_checkpoint,
-    remove_old_checkpoints,
-    write_rank_file,
 )
-from finetune_trainer.contract import canonical_json
 from finetune_trainer.errors import CorruptArtifact, Interrupted, RetryableError, UserError
 from finetune_trainer.progress import Progress
 from finetune_trainer.throughput import Speed, peak_host_memory
@@ -76,18 +71,24 @@ class TrainingPlan:
     log_every_steps: int
     identity: Mapping[str, Any]
 
+    def micro_steps(self, backend: Backend) -> int:
+        """Micro steps of each rank in an optimizer step."""
+        return self.global_batch_size // self.micro_batch_size // backend.data_parallel_size
+
 
 @dataclass
 class Timings:
     """Seconds of this attempt by what they were spent on, and its tokens (all ranks).
 
     `data_seconds` are those of step_seconds in which rows were read; `flops` is the arithmetic that the steps needed by
-    throughput.ModelSize, all ranks, 0 where the model's size cannot be told.
+    throughput.ModelSize, all ranks, 0 where the model's size cannot be told. In `checkpoint_seconds` training stood
+    still for checkpoints; `writing_seconds` is how long their writing took, most of it beside training.
     """
 
     step_seconds: float = 0.0
     data_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
+    writing_seconds: float = 0.0
     tokens: int = 0
     flops: float = 0.0
     steps: int = 0
@@ -186,8 +187,13 @@ def resume(backend: Backend, plan: TrainingPlan, root: Path) -> Checkpoint | Non
 
 
 def check_packing(backend: Backend, plan: TrainingPlan, rows: PreparedRows, row: int) -> None:
-    """Prove on `row`, which holds several documents, that they do not see each other; UserError when they do."""
+    """Prove on `row`, which holds several documents, that they do not see each other; UserError when they do.
+
+    ValueError when the row holds one document only: nothing would be proved.
+    """
     batch = rows.batch(np.array([row], dtype=np.int32))
+    if int(batch.segment_ids.max(initial=0)) < 2:
+        raise ValueError(f"row {row} holds fewer than two documents")
     try:
         alone, neighbours = backend.packing_error(batch, 2)
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
@@ -232,26 +238,42 @@ def train(
             start.state["window"]["lossSum"], start.state["window"]["supervisedTokens"], start.state["window"]["tokens"]
         )
     log = TrainingLog(work, first, attempt) if backend.rank == 0 else None
-    run = _Run(backend, plan, rows, work / CHECKPOINTS_FOLDER, window, progress, log)
+    writer = CheckpointWriter(
+        backend, work / CHECKPOINTS_FOLDER, plan.keep_checkpoints, before=log.sync if log else None
+    )
+    run = _Run(backend, plan, rows, writer, window, progress, log)
     with closing(log) if log else nullcontext():
         if backend.rank == 0:
             progress.started(first)
-        saved = first if start else -1
-        for step in range(first, plan.total_steps):
-            stop = run.step(step, should_stop())
-            done = step + 1
-            last = done == plan.total_steps
-            if last or stop or done % plan.checkpoint_every_steps == 0:
-                run.save(done)
-                saved = done
-            if stop and not last:
-                raise Interrupted(
-                    "Interrupted",
-                    f"a pod of the training was asked to stop (SIGTERM): the checkpoint of step {done} of "
-                    f"{plan.total_steps} is written, the next attempt goes on from it",
-                )
+        try:
+            saved = _steps(run, first, should_stop)
+        except RetryableError:
+            raise  # a peer is lost, and with it what its thread would write
+        except BaseException:
+            writer.close()
+            raise
     first_loss, loss = backend.broadcast(read_losses(work / LOG_NAME) if backend.rank == 0 else None)
     return Outcome(checkpoint_folder(work / CHECKPOINTS_FOLDER, saved), first_loss, loss, run.timings)
+
+
+def _steps(run: _Run, first: int, should_stop: Callable[[], bool]) -> int:
+    """All steps from `first` to the last; returns the step of the last checkpoint, which is complete then."""
+    plan = run.plan
+    for step in range(first, plan.total_steps):
+        stop = run.step(step, should_stop())
+        done = step + 1
+        last = done == plan.total_steps
+        if last or stop or done % plan.checkpoint_every_steps == 0:
+            run.save(done, wait=last or stop)
+        else:
+            run.hear_of_checkpoint()
+        if stop and not last:
+            raise Interrupted(
+                "Interrupted",
+                f"a pod of the training was asked to stop (SIGTERM): the checkpoint of step {done} of "
+                f"{plan.total_steps} is written, the next attempt goes on from it",
+            )
+    return plan.total_steps
 
 
 @dataclass
@@ -261,7 +283,7 @@ class _Run:
     backend: Backend
     plan: TrainingPlan
     rows: PreparedRows
-    root: Path
+    writer: CheckpointWriter
     window: _Window
     progress: Progress
     log: TrainingLog | None
@@ -283,8 +305,9 @@ class _Run:
             step, plan.micro_batch_size, backend.data_parallel_rank, backend.data_parallel_size
         )
         self.timings.data_seconds += time.monotonic() - began
-        for chunk, batch in self._timed(chunks):
-            backend.micro_step(batch, 1.0 / supervised, chunk_seed(plan.seed, step, chunk))
+        for number, (chunk, batch) in enumerate(self._timed(chunks), start=1):
+            seed = chunk_seed(plan.seed, step, chunk)
+            backend.micro_step(batch, 1.0 / supervised, seed, last=number == plan.micro_steps(backend))
         loss, (stopping,) = backend.reduce([float(stop)])
         rate = learning_rate(plan, step)
         norm = backend.update(rate, plan.max_gradient_norm) if math.isfinite(loss) else math.nan
@@ -308,20 +331,29 @@ class _Run:
             self.progress.stepped(done)
         return stopping > 0
 
-    def save(self, done: int) -> None:
-        """Write the checkpoint after `done` steps, then remove the oldest."""
+    def save(self, done: int, *, wait: bool) -> None:
+        """Begin to write the checkpoint after `done` steps, once the one before is written; with `wait` to its end."""
         began = time.monotonic()
         if self.log:
-            self.log.sync()
+            # Until the next step is told of, training stands still for it.
             self.progress.saving(done)
-        state = self._state(done)
-        write_checkpoint(self.backend, self.root, done, state)
-        seconds = time.monotonic() - began
-        self.timings.checkpoint_seconds += seconds
+        self._told(self.writer.wait())
+        self.writer.start(done, self._state(done))
         self.timings.checkpoints += 1
+        if wait:
+            self._told(self.writer.wait())
+        self.timings.checkpoint_seconds += time.monotonic() - began
+
+    def hear_of_checkpoint(self) -> None:
+        """Tell of the checkpoint that has become complete since, if any; raises what its writing raised."""
+        self._told(self.writer.poll())
+
+    def _told(self, saved: Saved | None) -> None:
+        if saved is None:
+            return
+        self.timings.writing_seconds += saved.seconds
         if self.log:
-            remove_old_checkpoints(self.root, done, self.plan.keep_checkpoints)
-            self.progress.saved(done, seconds)
+            self.progress.saved(saved.step, saved.seconds)
 
     def _log(self, done: int, rate: float, norm: float) -> None:
         window, self.window = self.window, _Window()
@@ -389,30 +421,6 @@ class _Run:
                 for name, facts in self.backend.parameters().items()
             },
         }
-
-
-def write_checkpoint(backend: Backend, root: Path, step: int, state: Mapping[str, Any]) -> None:
-    """Write and publish the checkpoint of `step` under `root`. All ranks.
-
-    Rank 0 makes the temporary folder, every rank writes and reads back its file there, rank 0 writes state.json and the
-    manifest last and renames. A kill at any moment leaves no folder of that name, or a whole one.
-    """
-    path = checkpoint_folder(root, step)
-    with ExitStack() as stack:
-        writer = None
-        if backend.rank == 0:
-            # What is here under this name did not verify, or training would have resumed from it.
-            remove_artifact(path)
-            writer = stack.enter_context(new_artifact(path, CHECKPOINT_KIND))
-        folder = root / backend.broadcast(writer.folder.name if writer else None)
-        entry = write_rank_file(folder, backend.rank, backend.world_size, step, backend.slices())
-        entries = backend.gather(entry)
-        if writer:
-            for written in entries:
-                writer.record(written.path, written.size, written.sha256)
-            writer.write(STATE_NAME, canonical_json(state))
-    # Nobody goes on before it is published: a peer that dies in the next step must find it complete.
-    backend.broadcast(None)
 
 
 def _check_identity(backend: Backend, plan: TrainingPlan, checkpoint: Checkpoint) -> None:

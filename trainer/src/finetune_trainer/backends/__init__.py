@@ -43,7 +43,8 @@ class ModelPlan:
 
     `method` is spec.method; `precision` is bf16 or fp32; `seed` is the job's, from which the adapter starts.
     `keep_masks` is true where rows hold several documents, which then must not attend to each other.
-    `trust_remote_code` lets Python code of the model's own folder run.
+    `trust_remote_code` lets Python code of the model's own folder run. `gradient_checkpointing` computes activations a
+    second time in the backward pass instead of keeping them; it changes no result.
     """
 
     folder: Path
@@ -53,6 +54,7 @@ class ModelPlan:
     seed: int
     keep_masks: bool
     trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,16 @@ class ParameterFacts:
     shape: tuple[int, ...]
     dtype: str
     decays: bool
+
+
+class Channel(Protocol):
+    """Talk between the ranks. Both methods are collectives, and calls of one channel come from one thread."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value`. All ranks."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in the order of ranks. All ranks."""
 
 
 class Backend(Protocol):
@@ -79,6 +91,8 @@ class Backend(Protocol):
     """Set by build(), as is peak_flops; None where it cannot be told."""
     peak_flops: float | None
     """What this rank's device can do at most, in operations a second at the plan's precision; None if not known."""
+    writers: Channel
+    """Of its own, for the thread that writes checkpoints while the main thread trains. After start()."""
 
     def start(self) -> None:
         """Join the process group. All ranks."""
@@ -98,8 +112,11 @@ class Backend(Protocol):
     def adapter_config(self, source: str) -> bytes | None:
         """adapter_config.json as peft writes it, `source` as its base model; None when there is no adapter."""
 
-    def micro_step(self, batch: MicroBatch, scale: float, seed: int) -> None:
-        """Add the gradient of `scale` times the summed loss of `batch`; `seed` fixes its dropout."""
+    def micro_step(self, batch: MicroBatch, scale: float, seed: int, *, last: bool) -> None:
+        """Add the gradient of `scale` times the summed loss of `batch`; `seed` fixes its dropout.
+
+        `last` is true for the last one before reduce(). All ranks, and each as often.
+        """
 
     def reduce(self, extras: Sequence[float]) -> tuple[float, list[float]]:
         """Sum gradients, scaled loss and `extras` over all ranks since the last update. Returns loss and extras."""
@@ -118,7 +135,10 @@ class Backend(Protocol):
         """
 
     def slices(self) -> list[LocalSlice]:
-        """This rank's part of a checkpoint: parameters, optimizer moments, random states."""
+        """This rank's part of a checkpoint, copied to host memory: parameters, optimizer moments, random states.
+
+        Training may go on while they are written, but they are valid only until the next call.
+        """
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take parameters, moments and, where the world size is the same, random states from `checkpoint`."""

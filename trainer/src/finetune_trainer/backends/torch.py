@@ -1,7 +1,7 @@
 """The backend on PyTorch: CPU over gloo and NVIDIA GPUs over NCCL by the same code.
 
-Data parallel: each rank holds the whole model. The gradients of all trainable parameters lie in one flat float32
-buffer, followed by the numbers that are summed with them, so a step has exactly one all-reduce, in a fixed order.
+Data parallel, by one of two strategies of torch_strategies.py: each rank holds the whole model, or a share of all of
+it (FSDP2). Which one is known from the start; everything here is the same for both.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ import math
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch.nn import functional
 
-from finetune_trainer import lora
-from finetune_trainer.attention_masks import document_mask
-from finetune_trainer.backends import IGNORED, MicroBatch, ModelPlan, ParameterFacts
+from finetune_trainer import methods
+from finetune_trainer.attention_masks import DocumentMasks
+from finetune_trainer.backends import IGNORED, Channel, MicroBatch, ModelPlan, ParameterFacts
+from finetune_trainer.backends.torch_strategies import DDP, FSDP, TAIL, Replicas, Shards, Strategy
 from finetune_trainer.checkpoints import (
     FIRST_MOMENT,
     PARAMETER,
@@ -30,21 +34,23 @@ from finetune_trainer.checkpoints import (
     SECOND_MOMENT,
     Checkpoint,
     LocalSlice,
-    slice_bounds,
 )
-from finetune_trainer.errors import DeviceOutOfMemory, HostOutOfMemory, RetryableError, UserError
-from finetune_trainer.model_loading import load_causal_model
+from finetune_trainer.collective_watch import CollectiveWatch
+from finetune_trainer.contract import COLLECTIVE_TIMEOUT_ENV
+from finetune_trainer.errors import DeviceOutOfMemory, HostOutOfMemory, RetryableError, StageError, UserError
 from finetune_trainer.throughput import ModelSize, model_size, peak_flops
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""After this long without an answer a peer counts as lost. A killed process is noticed at once: its sockets close."""
+COLLECTIVE_TIMEOUT_SECONDS = 600.0
+"""So long a rank waits for its peers in a collective, unless contract.COLLECTIVE_TIMEOUT_ENV says otherwise. A killed
+process is noticed at once: its sockets close."""
+WRITING_TIMEOUT = timedelta(hours=2)
+"""The same between the threads that write checkpoints: one rank's file may take that much longer than another's."""
 
-_EXTRAS = 8
-"""Places behind the gradients for numbers that are summed with them; the first is the loss."""
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
 _HOST_MEMORY_WORDS = ("DefaultCPUAllocator", "Cannot allocate memory")
+_RAISE_LIMIT = "raise stages.train.resources.limits.memory"
 _PEER_WORDS = re.compile(
     r"Connection (closed|reset)|connection closed|Broken pipe|Timed out|timed out|timeout|Gloo|gloo|NCCL|"
     r"No route to host|Connection refused|connect"
@@ -52,18 +58,30 @@ _PEER_WORDS = re.compile(
 
 
 class TorchBackend:
-    """See backends.Backend. `accelerator` is cpu or cuda; rank and world size come from torchrun's environment."""
+    """See backends.Backend. `accelerator` is cpu or cuda, `strategy` what a rank holds: DDP or FSDP.
 
-    def __init__(self, accelerator: str) -> None:
+    Rank and world size come from torchrun's environment. `stuck` is told of a collective that waits in vain, in a
+    thread of its own, and must end the process.
+    """
+
+    def __init__(
+        self, accelerator: str, strategy: str = DDP, stuck: Callable[[StageError], None] | None = None
+    ) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.data_parallel_rank = self.rank
         self.data_parallel_size = self.world_size
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cuda", local_rank) if accelerator == "cuda" else torch.device("cpu")
+        self._sharded = strategy == FSDP
         self._peers: list[str] = []
         self.model_size: ModelSize | None = None
         self.peak_flops: float | None = None
+        self._stuck = stuck
+        self._watch: CollectiveWatch | None = None
+        self._channel = _Channel(self.rank, self.world_size, self._collective, "")
+        self.writers: Channel = self._channel
+        self._host_buffers: dict[str, torch.Tensor] = {}
 
     # ---- process group
 
@@ -72,62 +90,74 @@ class TorchBackend:
             if not torch.cuda.is_available():
                 raise UserError("NoDevice", "accelerator.type is cuda and this container sees no GPU: check the node")
             torch.cuda.set_device(self.device)
-        if self.world_size == 1:
+        if self.world_size == 1 and not self._sharded:
             return
         with self._guard("joining the process group"):
-            dist.init_process_group(
-                # gloo beside nccl carries what is not on the device: broadcasts of objects would else take GPU memory
-                "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                timeout=COLLECTIVE_TIMEOUT,
-            )
+            # gloo beside nccl carries what is not on the device: broadcasts of objects would else take GPU memory
+            kind = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            if self.world_size == 1:
+                if not dist.is_initialized():
+                    alone = dist.HashStore()  # type: ignore[attr-defined]
+                    dist.init_process_group(kind, store=alone, rank=0, world_size=1)
+                return
+            store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+            # The watch comes first, since it can tell who is missing.
+            timeout = timedelta(seconds=2 * _collective_timeout() + 60)
+            dist.init_process_group(kind, store=store, rank=rank, world_size=world_size, timeout=timeout)
+            group = dist.new_group(backend="gloo", timeout=WRITING_TIMEOUT)
+            self.writers = _Channel(self.rank, self.world_size, self._guard, " of a checkpoint's writing", group)
         self._peers = self.gather(socket.gethostname())
+        if self._stuck:
+            board = _StoreBoard(dist.PrefixStore("waiting", store.clone()), world_size)  # type: ignore[attr-defined]
+            self._watch = CollectiveWatch(self.rank, self._peers, board, _collective_timeout(), self._stuck)
+            self._watch.start()
 
     def stop(self) -> None:
-        if self.world_size > 1:
-            with self._guard("leaving the process group"):
+        if dist.is_initialized():
+            with self._collective("leaving the process group"):
                 dist.barrier()
-                dist.destroy_process_group()
+            if self._watch:
+                self._watch.close()
+            dist.destroy_process_group()
 
     def broadcast(self, value: Any) -> Any:
-        if self.world_size == 1:
-            return value
-        box = [value]
-        with self._guard("a broadcast"):
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return box[0]
+        return self._channel.broadcast(value)
 
     def gather(self, value: Any) -> list[Any]:
-        if self.world_size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.world_size
-        with self._guard("a gather"):
-            dist.all_gather_object(gathered, value)
-        return gathered
+        return self._channel.gather(value)
 
     # ---- model
 
     def build(self, plan: ModelPlan) -> None:
         with self._guard("loading the model"):
-            dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
-            base = load_causal_model(plan.folder, dtype=dtype, trust_remote_code=plan.trust_remote_code)
-            base.config.use_cache = False
-            self._model = lora.add_adapter(base, plan.method, plan.seed).to(self.device)
+            self._model = methods.load_trainable_model(
+                plan.folder,
+                plan.method,
+                precision=plan.precision,
+                seed=plan.seed,
+                # Sharding takes the model there block by block.
+                device=torch.device("cpu") if self._sharded else self.device,
+                trust_remote_code=plan.trust_remote_code,
+            )
+            base = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
+            if plan.gradient_checkpointing:
+                _checkpoint_gradients(base)
         self._model.train()
         self.model_size = model_size(self._model)
         if self.device.type == "cuda":
             self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device), plan.precision)
         self._autocast = plan.precision == "bf16"
         self._keep_masks = plan.keep_masks
+        self._document_masks = DocumentMasks(base)
         arguments = inspect.signature(base.forward).parameters
         self._keeps_logits = "logits_to_keep" in arguments
         self._takes_positions = "position_ids" in arguments
-        named = {lora.file_name(name): p for name, p in self._model.named_parameters() if p.requires_grad}
-        self._named = dict(sorted(named.items()))
-        self._make_flat_gradient()
-        if self.world_size > 1:
-            with self._guard("sharing the adapter's start"):
+        self._named = methods.trainable_parameters(self._model)
+        if self.world_size > 1 and not self._sharded:
+            with self._collective("sharing the start"):
                 for parameter in self._named.values():
                     dist.broadcast(parameter.data, src=0)
+        self._strategy = self._spread(plan)
         decays = [p for name, p in self._named.items() if self._decays(name, p)]
         rest = [p for name, p in self._named.items() if not self._decays(name, p)]
         groups = [{"params": decays, "weight_decay": plan.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -142,18 +172,21 @@ class TorchBackend:
         }
 
     def adapter_config(self, source: str) -> bytes | None:
-        return lora.encode_adapter_config(self._model, source)
+        return methods.encode_adapter_config(self._model, source)
 
     def device_memory(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     # ---- one step
 
-    def micro_step(self, batch: MicroBatch, scale: float, seed: int) -> None:
+    def micro_step(self, batch: MicroBatch, scale: float, seed: int, *, last: bool) -> None:
         positions = (batch.targets != IGNORED).any(axis=0).nonzero()[0]
-        if not len(positions):
-            return  # nothing supervised here: the loss and its gradient are zero
-        with self._guard("a micro step"):
+        if not len(positions):  # nothing supervised here: the loss and its gradient are zero
+            if not self._strategy.runs_every_micro_step:
+                return
+            positions = np.zeros(1, dtype=np.int64)
+        with self._collective("a micro step") if self._sharded else self._guard("a micro step"):
+            self._strategy.begin_micro_step(last=last)
             torch.manual_seed(seed)
             logits = self._logits(batch, positions)
             targets = torch.from_numpy(batch.targets[:, positions]).long().to(self.device)
@@ -161,30 +194,29 @@ class TorchBackend:
                 logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
             )
             loss.backward()  # type: ignore[no-untyped-call]
-            self._loss += loss.detach()
+            self._strategy.tail[0] += loss.detach()
 
     def reduce(self, extras: Sequence[float]) -> tuple[float, list[float]]:
-        if len(extras) >= _EXTRAS:
-            raise ValueError(f"{len(extras)} numbers, there is room for {_EXTRAS - 1}")
-        with self._guard("the reduction of the gradients"):
-            self._tail[1 : 1 + len(extras)] = torch.tensor(list(extras), dtype=torch.float32)
-            if self.world_size > 1:
-                dist.all_reduce(self._flat)
-            summed = self._tail.tolist()
+        if len(extras) > TAIL - 2:
+            raise ValueError(f"{len(extras)} numbers, there is room for {TAIL - 2}")
+        with self._collective("the reduction of the gradients"):
+            tail = self._strategy.tail
+            tail[1 : 1 + len(extras)] = torch.tensor(list(extras), dtype=torch.float32)
+            self._strategy.reduce()
+            summed = tail.tolist()
         return summed[0], summed[1 : 1 + len(extras)]
 
     def update(self, learning_rate: float, max_gradient_norm: float) -> float:
-        with self._guard("the optimizer's step"):
-            gradient = self._flat[:-_EXTRAS]
-            norm = float(torch.linalg.vector_norm(gradient))
+        with self._collective("the optimizer's step") if self._sharded else self._guard("the optimizer's step"):
+            norm = self._strategy.gradient_norm()
             if not math.isfinite(norm):
                 return norm
             if 0 < max_gradient_norm < norm:
-                gradient.mul_(max_gradient_norm / norm)
+                self._strategy.scale_gradients(max_gradient_norm / norm)
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
             self._optimizer.step()
-            self._flat.zero_()
+            self._strategy.clear()
         return norm
 
     # ---- packing
@@ -203,9 +235,8 @@ class TorchBackend:
         other[0, ~inside] = (other[0, ~inside] + 1) % self._model.get_input_embeddings().num_embeddings
         changed = MicroBatch(other, batch.targets[row], batch.position_ids[row], batch.segment_ids[row])
         packed = MicroBatch(batch.input_ids[row], batch.targets[row], batch.position_ids[row], batch.segment_ids[row])
-        self._model.eval()
         try:
-            with torch.no_grad(), self._guard("the packing probe"):
+            with torch.no_grad(), methods.deterministic(self._model), self._guard("the packing probe"):
                 expected = self._logits(packed, columns).float()
                 largest = float(expected.abs().max())
                 everything = alone.input_ids.shape[1]
@@ -216,36 +247,41 @@ class TorchBackend:
                     float((neighbours - expected).abs().max()) / largest,
                 )
         finally:
-            self._model.train()
+            if isinstance(self._strategy, Shards):
+                self._strategy.reshard()
 
     # ---- checkpoints
 
     def slices(self) -> list[LocalSlice]:
         found = []
-        for name, parameter in self._named.items():
-            state = self._optimizer.state.get(parameter, {})
-            tensors = {PARAMETER: parameter.data}
-            tensors.update({kind: state[kind] for kind in (FIRST_MOMENT, SECOND_MOMENT) if kind in state})
-            for kind, tensor in tensors.items():
-                start, stop = slice_bounds(tensor.shape[0], self.rank, self.world_size)
-                if start < stop:
-                    part, offset = tensor[start:stop], (start, *(0 for _ in tensor.shape[1:]))
-                    found.append(_local_slice(name, kind, part, tuple(tensor.shape), offset))
-        for name, state in self._random_states().items():
-            found.append(_local_slice(name, RANDOM_STATE, state, tuple(state.shape), (0,)))
+        with self._guard("copying the state to host memory"):
+            for name, parameter in self._named.items():
+                state = self._optimizer.state.get(parameter, {})
+                tensors = {PARAMETER: parameter.data}
+                tensors.update({kind: state[kind] for kind in (FIRST_MOMENT, SECOND_MOMENT) if kind in state})
+                for kind, tensor in tensors.items():
+                    (held, _), (start, stop) = self._rows(tensor)
+                    if start < stop:
+                        part = self._strategy.local(tensor)[start - held : stop - held]
+                        offset = (start, *(0 for _ in tensor.shape[1:]))
+                        found.append(self._host_slice(name, kind, part, tuple(tensor.shape), offset))
+            for name, state in self._random_states().items():
+                found.append(self._host_slice(name, RANDOM_STATE, state, tuple(state.shape), (0,)))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         return found
 
     def load(self, checkpoint: Checkpoint) -> None:
-        with self._guard("loading the checkpoint"):
+        with self._guard("loading the checkpoint"), torch.no_grad():
             for name, parameter in self._named.items():
-                parameter.data.copy_(self._stored(checkpoint, PARAMETER, name, parameter))
+                self._take(checkpoint, PARAMETER, name, parameter)
                 if (FIRST_MOMENT, name) in checkpoint.tensors:
-                    self._optimizer.state[parameter] = {
-                        # fused AdamW keeps its step count beside the parameter, as a float32
-                        "step": torch.tensor(float(checkpoint.step), dtype=torch.float32, device=parameter.device),
-                        FIRST_MOMENT: self._stored(checkpoint, FIRST_MOMENT, name, parameter).clone(),
-                        SECOND_MOMENT: self._stored(checkpoint, SECOND_MOMENT, name, parameter).clone(),
-                    }
+                    moments = {kind: torch.zeros_like(parameter) for kind in (FIRST_MOMENT, SECOND_MOMENT)}
+                    for kind, moment in moments.items():
+                        self._take(checkpoint, kind, name, moment)
+                    # fused AdamW keeps its step count beside the parameter, as a float32
+                    step = torch.tensor(float(checkpoint.step), dtype=torch.float32, device=self.device)
+                    self._optimizer.state[parameter] = {"step": step, **moments}
             if checkpoint.world_size == self.world_size:
                 for name in self._random_states():
                     stored = checkpoint.random_states.get((self.rank, name))
@@ -258,16 +294,51 @@ class TorchBackend:
 
     # ---- inside
 
-    def _make_flat_gradient(self) -> None:
-        sizes = [parameter.numel() for parameter in self._named.values()]
-        self._flat = torch.zeros(sum(sizes) + _EXTRAS, dtype=torch.float32, device=self.device)
-        self._tail = self._flat[-_EXTRAS:]
-        self._loss = self._tail[0]
-        start = 0
-        for parameter, size in zip(self._named.values(), sizes, strict=True):
-            # autograd adds to an existing gradient in place, so everything lands in the flat buffer
-            parameter.grad = self._flat[start : start + size].view_as(parameter)
-            start += size
+    def _spread(self, plan: ModelPlan) -> Strategy:
+        if not self._sharded:
+            return Replicas(self._named, self.rank, self.world_size, self.device)
+        with self._guard("sharding the model"):
+            shards = Shards(
+                self._model,
+                self.rank,
+                self.world_size,
+                self.device,
+                bf16=self._autocast,
+                reduce_each_micro_step=plan.method.get("type") == "full",
+            )
+        # fully_shard has put a share in the place of each parameter, under the same name.
+        self._named = methods.trainable_parameters(self._model)
+        return shards
+
+    def _rows(self, tensor: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows of dimension 0 that lie in this rank, and those of them that it saves."""
+        rows = tensor.shape[0]
+        return self._strategy.held_rows(rows), self._strategy.saved_rows(rows)
+
+    def _take(self, checkpoint: Checkpoint, kind: str, name: str, into: torch.Tensor) -> None:
+        """Fill this rank's rows of `into` from the checkpoint."""
+        (start, stop), _ = self._rows(into)
+        if start < stop:
+            local = self._strategy.local(into)
+            stored = torch.frombuffer(checkpoint.read_rows(kind, name, start, stop), dtype=local.dtype)
+            local.copy_(stored.view(local.shape))
+
+    def _host_slice(
+        self, name: str, kind: str, part: torch.Tensor, shape: tuple[int, ...], offset: tuple[int, ...]
+    ) -> LocalSlice:
+        """A copy of `part` in host memory that is used again for the next checkpoint."""
+        dtype = "U8" if kind == RANDOM_STATE else _DTYPES[part.dtype]
+        key = f"{kind}/{name}"
+        buffer = self._host_buffers.get(key)
+        if buffer is None:
+            buffer = torch.empty(part.shape, dtype=part.dtype, pin_memory=self.device.type == "cuda")
+            self._host_buffers[key] = buffer
+        buffer.copy_(part.detach(), non_blocking=True)
+
+        def data() -> memoryview:
+            return buffer.reshape(-1).view(torch.uint8).numpy().data
+
+        return LocalSlice(name, kind, dtype, shape, offset, tuple(part.shape), data)
 
     def _logits(self, batch: MicroBatch, positions: Any) -> torch.Tensor:
         """(m, len(positions), vocabulary), in the model's dtype. Only these positions pass the output layer."""
@@ -279,7 +350,7 @@ class TorchBackend:
         # model's own positions are right. Given positions that restart in the padding, it would build a mask for it.
         if self._keep_masks:
             segments = torch.from_numpy(batch.segment_ids).to(self.device)
-            arguments["attention_mask"] = document_mask(segments)
+            arguments["attention_mask"] = self._document_masks(segments)
             if self._takes_positions:
                 arguments["position_ids"] = torch.from_numpy(batch.position_ids).long().to(self.device)
         columns = torch.from_numpy(positions).to(self.device)
@@ -300,9 +371,11 @@ class TorchBackend:
             states["cuda"] = torch.cuda.get_rng_state(self.device)
         return states
 
-    def _stored(self, checkpoint: Checkpoint, kind: str, name: str, like: torch.Tensor) -> torch.Tensor:
-        raw = checkpoint.read(kind, name)
-        return torch.frombuffer(raw, dtype=like.dtype).view(like.shape).to(like.device)
+    @contextmanager
+    def _collective(self, doing: str) -> Iterator[None]:
+        """What waits for other ranks, in the main thread: guarded, and looked after where there are any."""
+        with self._guard(doing), self._watch.section(doing) if self._watch else nullcontext():
+            yield
 
     @contextmanager
     def _guard(self, doing: str) -> Iterator[None]:
@@ -311,15 +384,17 @@ class TorchBackend:
             yield
         except torch.OutOfMemoryError as error:
             raise DeviceOutOfMemory(
-                "OutOfDeviceMemory", f"{_first_line(error)} during {doing}: lower microBatchSize or maxLength"
+                "OutOfDeviceMemory",
+                f"{_first_line(error)} during {doing}: lower training.microBatchSize and raise "
+                "gradientAccumulationSteps as much, lower dataset.maxLength, or set training.gradientCheckpointing",
             ) from error
         except MemoryError as error:
-            raise HostOutOfMemory("OutOfHostMemory", f"out of memory during {doing}: raise the memory limit") from error
+            raise HostOutOfMemory("OutOfHostMemory", f"{_first_line(error)} during {doing}: {_RAISE_LIMIT}") from error
         except RuntimeError as error:
             text = str(error)
             if any(word in text for word in _HOST_MEMORY_WORDS):
                 raise HostOutOfMemory(
-                    "OutOfHostMemory", f"{_first_line(error)} during {doing}: raise the stage's memory limit"
+                    "OutOfHostMemory", f"{_first_line(error)} during {doing}: {_RAISE_LIMIT}"
                 ) from error
             if isinstance(error, dist.DistError) or _PEER_WORDS.search(text):
                 raise RetryableError("PeerLost", self._peer_message(doing, text)) from error
@@ -334,17 +409,76 @@ class TorchBackend:
         )
 
 
-def _local_slice(
-    name: str, kind: str, part: torch.Tensor, shape: tuple[int, ...], offset: tuple[int, ...]
-) -> LocalSlice:
-    dtype = "U8" if kind == RANDOM_STATE else _DTYPES[part.dtype]
+@dataclass(frozen=True)
+class _StoreBoard:
+    """See collective_watch.Board: notes in a store that the process groups do not use, so that neither waits here."""
 
-    def data() -> memoryview:
-        return part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    store: Any  # torch.distributed.Store
+    world_size: int
 
-    return LocalSlice(name, kind, dtype, shape, offset, tuple(part.shape), data)
+    def put(self, rank: int, note: str) -> None:
+        self.store.set(str(rank), note)
+
+    def notes(self) -> list[str | None]:
+        keys = [str(rank) for rank in range(self.world_size)]
+        return [self.store.get(key).decode() if self.store.check([key]) else None for key in keys]
+
+
+@dataclass(frozen=True)
+class _Channel:
+    """See backends.Channel: objects between the ranks over one process group, of which one thread makes use."""
+
+    rank: int
+    world_size: int
+    guard: Callable[[str], AbstractContextManager[None]]
+    purpose: str
+    group: Any = None
+
+    def broadcast(self, value: Any) -> Any:
+        if self.world_size == 1:
+            return value
+        box = [value]
+        with self.guard(f"a broadcast{self.purpose}"):
+            dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        with self.guard(f"a gather{self.purpose}"):
+            dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
+
+
+def _checkpoint_gradients(model: Any) -> None:
+    """Have each layer of `model` forget its activations and compute them again in the backward pass.
+
+    Not by the reentrant way, which needs inputs that require gradients. Random states are put back for the second pass,
+    so dropout is the same in both and the result is that of training without it.
+    """
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(
+            "MethodNotAvailable",
+            f"training.gradientCheckpointing is true and {type(model).__name__} cannot do it ({error}): set it to "
+            "false, and lower microBatchSize or use parallelism.strategy fsdp to save memory",
+        ) from error
 
 
 def _first_line(error: object) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _collective_timeout() -> float:
+    """Seconds; UserError when the environment has no positive number there."""
+    text = os.environ.get(COLLECTIVE_TIMEOUT_ENV, "")
+    try:
+        seconds = float(text) if text else COLLECTIVE_TIMEOUT_SECONDS
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UserError("InvalidTraining", f"{COLLECTIVE_TIMEOUT_ENV} is {text!r}: give a positive number of seconds")
+    return seconds

@@ -11,9 +11,17 @@ from finetune_trainer.contract import ContractError, StageConfig
 
 PRECISIONS = ("fp32", "bf16")
 ACCELERATORS = ("cpu", "cuda")
+STRATEGIES = ("ddp", "fsdp")
 
 _NOT_OF_THE_RESULT = frozenset(
-    {"checkpointEverySteps", "keepCheckpoints", "logEverySteps", "microBatchSize", "gradientAccumulationSteps"}
+    {
+        "checkpointEverySteps",
+        "keepCheckpoints",
+        "logEverySteps",
+        "microBatchSize",
+        "gradientAccumulationSteps",
+        "gradientCheckpointing",
+    }
 )
 """Fields of spec.training in which a checkpoint may differ from the job that resumes it."""
 
@@ -32,6 +40,7 @@ class TrainArgs:
     gradient_accumulation_steps: int
     global_batch_size: int
     precision: str
+    gradient_checkpointing: bool
     seed: int
     checkpoint_every_steps: int
     keep_checkpoints: int
@@ -39,6 +48,7 @@ class TrainArgs:
     num_nodes: int
     procs_per_node: int
     data_parallel_size: int
+    strategy: str
     identity: Mapping[str, Any]
 
     @property
@@ -63,14 +73,15 @@ def parse_args(config: StageConfig) -> TrainArgs:
     args = TrainArgs(
         method=method,
         learning_rate=number("learningRate", 0),
-        schedule=_choice(training, "learningRateSchedule", ("linear", "cosine", "constant"), "linear"),
+        schedule=_choice(training, "spec.training", "learningRateSchedule", ("linear", "cosine", "constant"), "linear"),
         warmup_steps=count("warmupSteps", 0),
         weight_decay=number("weightDecay", 0),
         max_gradient_norm=number("maxGradNorm", 1.0),
         micro_batch_size=size("microBatchSize"),
         gradient_accumulation_steps=size("gradientAccumulationSteps"),
         global_batch_size=size("globalBatchSize"),
-        precision=_choice(training, "precision", PRECISIONS, "bf16"),
+        precision=_choice(training, "spec.training", "precision", PRECISIONS, "bf16"),
+        gradient_checkpointing=_flag(training, "spec.training", "gradientCheckpointing"),
         seed=count("seed", 0),
         checkpoint_every_steps=count("checkpointEverySteps", 100, minimum=1),
         keep_checkpoints=count("keepCheckpoints", 2, minimum=1),
@@ -78,6 +89,7 @@ def parse_args(config: StageConfig) -> TrainArgs:
         num_nodes=size("numNodes"),
         procs_per_node=size("procsPerNode"),
         data_parallel_size=size("dataParallelSize"),
+        strategy=_choice(parallelism, "parallelism", "strategy", STRATEGIES, "ddp"),
         identity={
             "data": config.input(contract.PREPARE).digest,
             "baseModel": config.input(contract.MODEL_INPUT).digest,
@@ -125,8 +137,15 @@ def _number(
     return found
 
 
-def _choice(value: Mapping[str, Any], name: str, choices: tuple[str, ...], default: str) -> str:
+def _choice(value: Mapping[str, Any], where: str, name: str, choices: tuple[str, ...], default: str) -> str:
     found = value.get(name, default)
     if found not in choices:
-        raise ContractError(f"spec.training.{name} must be one of {', '.join(choices)}, got {found!r}")
+        raise ContractError(f"{where}.{name} must be one of {', '.join(choices)}, got {found!r}")
     return str(found)
+
+
+def _flag(value: Mapping[str, Any], where: str, name: str) -> bool:
+    found = value.get(name, False)
+    if not isinstance(found, bool):
+        raise ContractError(f"{where}.{name} must be true or false, got {found!r}")
+    return found

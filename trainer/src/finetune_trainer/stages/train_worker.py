@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 from finetune_trainer import contract
 from finetune_trainer.artifacts import new_artifact, open_input, read_manifest
 from finetune_trainer.contract import ExitCode, Report, StageConfig
+from finetune_trainer.errors import StageError
 from finetune_trainer.stage import failure_report, finished_report, keep_report
 from finetune_trainer.stages.train import report_path, started_path
 from finetune_trainer.stages.train_args import TrainArgs, parse_args
@@ -61,26 +62,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scratch", type=Path, required=True)
     arguments = parser.parse_args(argv)
     rank = int(os.environ.get("RANK", "0"))
+
+    def end(report: Report) -> int:
+        _write(report_path(arguments.scratch, rank), contract.encode_report(report))
+        return report.exit_code
+
+    def end_stuck(error: StageError) -> None:
+        """The main thread stands in native code for good: this one ends the process."""
+        code = end(failure_report(contract.TRAIN, error))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
     _write(started_path(arguments.scratch, rank), str(os.getpid()).encode())
     try:
-        report = run_rank(contract.load_stage_config(arguments.config), stop)
+        report = run_rank(contract.load_stage_config(arguments.config), stop, end_stuck)
     except Exception as error:  # noqa: BLE001 - the rank's last line of defence: every failure becomes its report
         report = failure_report(contract.TRAIN, error)
-    _write(report_path(arguments.scratch, rank), contract.encode_report(report))
-    return report.exit_code
+    return end(report)
 
 
-def run_rank(config: StageConfig, stop: StopFlag) -> Report:
-    """Train as one rank of the gang; the report of the finished stage, the same in every rank."""
+def run_rank(config: StageConfig, stop: StopFlag, stuck: Callable[[StageError], None]) -> Report:
+    """Train as one rank of the gang; the report of the finished stage, the same in every rank.
+
+    `stuck` is told, in another thread, that a collective waits in vain, and must end the process.
+    """
     began = time.monotonic()
     args = parse_args(config)
     with ThreadPoolExecutor(max_workers=1) as pool:
         # Reading the inputs once to verify them also warms the page cache for the load below.
         verified = pool.submit(_verify_inputs, config)
-        return _run(config, args, stop, verified, began)
+        return _run(config, args, stop, stuck, verified, began)
 
 
-def _run(config: StageConfig, args: TrainArgs, stop: StopFlag, verified: Future[None], began: float) -> Report:
+def _run(
+    config: StageConfig,
+    args: TrainArgs,
+    stop: StopFlag,
+    stuck: Callable[[StageError], None],
+    verified: Future[None],
+    began: float,
+) -> Report:
     from finetune_trainer import training
     from finetune_trainer.backends import ModelPlan
     from finetune_trainer.backends.torch import TorchBackend
@@ -88,7 +110,7 @@ def _run(config: StageConfig, args: TrainArgs, stop: StopFlag, verified: Future[
     from finetune_trainer.progress import Progress, ProgressPoster
     from finetune_trainer.training_log import LOG_NAME, repeated_steps
 
-    backend = TorchBackend(_accelerator())
+    backend = TorchBackend(_accelerator(), args.strategy, stuck)
     backend.start()
     verified.result()
     prepared = config.input_path(contract.PREPARE)
@@ -104,6 +126,7 @@ def _run(config: StageConfig, args: TrainArgs, stop: StopFlag, verified: Future[
             seed=args.seed,
             keep_masks=packed_row is not None,
             trust_remote_code=bool(read_data(prepared).get("trustRemoteCode")),
+            gradient_checkpointing=args.gradient_checkpointing,
         )
     )
     plan = _training_plan(args, rows.max_steps)
@@ -132,6 +155,7 @@ def _run(config: StageConfig, args: TrainArgs, stop: StopFlag, verified: Future[
         "startSeconds": round(start_seconds, 3),
         "stepSeconds": round(outcome.timings.step_seconds, 3),
         "checkpointSeconds": round(outcome.timings.checkpoint_seconds, 3),
+        "checkpointWritingSeconds": round(outcome.timings.writing_seconds, 3),
     }
     if backend.rank == 0:
         _write_artifact(config, outcome.checkpoint, work / LOG_NAME, backend.adapter_config(_source(model)), metrics)
