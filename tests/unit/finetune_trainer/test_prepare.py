@@ -7,17 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_model
+from chat_templates import MISTRAL
 from safetensors.numpy import load_file
 
 from finetune_trainer import contract, stage
 from finetune_trainer.artifacts import find_artifact, remove_artifact, verify_artifact
 from finetune_trainer.contract import ExitCode, StageConfig
+from finetune_trainer.formats import open_format
 from finetune_trainer.rows import IGNORED
 from finetune_trainer.tokenization import Encoder, load_tokenizer
 
@@ -99,7 +102,7 @@ def test_the_artifact_holds_all_that_training_reads(base: Path, monkeypatch: pyt
 
     out = config.output_path
     assert sorted(path.name for path in out.iterdir()) == [
-        "data.json", "manifest.json", "order.safetensors",
+        "data.json", "label-audit.jsonl", "manifest.json", "order.safetensors",
         "rejected.jsonl", "rows.safetensors", "validation.safetensors",
     ]  # fmt: skip
     data = json.loads((out / "data.json").read_text())
@@ -295,6 +298,86 @@ def test_one_wrong_record_fails_the_stage_and_is_named(
     assert words in report["message"]
     assert find_artifact(config.output_path) is None
     assert [path.name for path in config.output_path.parent.iterdir()] == []
+
+
+def question(number: int) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": f"What is number {number}?"},
+        {"role": "assistant", "content": f"It is {number * 7}."},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+
+
+def use_chat_template(base: Path, template: str) -> None:
+    path = base / "base" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+
+
+def test_conversations_are_learnt_where_the_assistant_speaks(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_chat_template(base, MISTRAL)
+    write_records(base, [{"messages": question(number)} for number in range(60)])
+    config = make_config(base, {"format": "messages"})
+    report = run(config, monkeypatch)
+    assert report["exitCode"] == 0
+    tokenizer = load_tokenizer(base / "base")
+    for tokens, labels in documents(load_file(config.output_path / "rows.safetensors")):
+        text = tokenizer.decode([token for token in labels if token != IGNORED])
+        number = int(tokenizer.decode(tokens).split("number ")[1].split("?")[0])
+        assert text == f" It is {number * 7}.</s> Yes.</s>"
+        assert all(label in (IGNORED, token) for token, label in zip(tokens, labels, strict=True))
+    data = json.loads((config.output_path / "data.json").read_text())
+    record_format = open_format("messages", tokenizer=tokenizer)
+    assert data["promptSha256"] == record_format.prompt_digest()
+    assert data["stopTokenIds"] == [tokenizer.eos_token_id]
+
+
+def test_a_model_without_a_chat_template_is_told_what_to_do(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_records(base, [{"messages": question(number)} for number in range(9)])
+    report = run(make_config(base, {"format": "messages"}), monkeypatch)
+    assert (report["exitCode"], report["reason"]) == (ExitCode.USER_ERROR, "NoChatTemplate")
+
+
+def test_the_label_audit_counts_all_documents_and_shows_some(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(base)
+    report = run(config, monkeypatch)
+    counts, *samples = [
+        json.loads(line) for line in (config.output_path / "label-audit.jsonl").read_text().splitlines()
+    ]
+    assert counts["documents"] == sum(counts["supervisedHistogram"]) == 60
+    assert (counts["stopSupervisedPercent"], counts["doubleBos"], counts["violations"]) == (100, 0, [])
+    assert counts["supervisedPercent"] == round(100 * counts["supervisedTokens"] / counts["tokens"], 3)
+    assert {name: report["metrics"][name] for name in ("supervisedPercent", "supervisedHistogram")} == {
+        name: counts[name] for name in ("supervisedPercent", "supervisedHistogram")
+    }
+    assert len(samples) == 20
+    for sample in samples:
+        record = dolly(sample["line"] - 1)
+        assert sample["file"] == "train.jsonl"
+        assert [span["text"] for span in sample["spans"] if span["learnt"]] == [record["response"] + "</s>"]
+        assert (sample["offsets"], sample["learnsToStop"]) == ("same", True)
+
+
+def test_labels_that_never_teach_to_stop_end_the_stage(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = Encoder.encode_examples
+
+    def without_the_end(self: Encoder, examples: Any) -> Any:
+        return [
+            replace(document, learnt=[(document.learnt[0][0], len(document.tokens) - 1)])
+            for document in encode(self, examples)
+        ]
+
+    monkeypatch.setattr(Encoder, "encode_examples", without_the_end)
+    report = run(make_config(base), monkeypatch)
+    assert (report["exitCode"], report["reason"]) == (ExitCode.USER_ERROR, "LabelAuditFailed")
+    assert "0 of 60 documents teach the model to stop" in report["message"]
+
+
+def test_what_is_wrong_with_records_is_counted_by_kind(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = ["{", LONG, {"instruction": 1}, {"instruction": "x", "response": " "}, {"instruction": "", "response": "x"}]
+    write_records(base, [*map(dolly, range(95)), *wrong])
+    metrics = run(make_config(base, {"maxRejectedPercent": 5}), monkeypatch)["metrics"]
+    assert metrics["rejectedByKind"] == {"broken": 1, "empty": 2, "tooLong": 1, "wrongField": 1}
 
 
 def test_ten_problems_are_listed_and_no_more(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

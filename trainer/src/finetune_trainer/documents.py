@@ -15,7 +15,9 @@ from typing import Any
 
 from finetune_trainer.artifacts import read_manifest
 from finetune_trainer.errors import UserError
-from finetune_trainer.formats import Example, RecordError, build_example
+from finetune_trainer.examples import BROKEN, DOUBLE_BOS, TOO_LONG, UNLEARNT, Example, RecordError
+from finetune_trainer.formats import RecordFormat
+from finetune_trainer.label_audit import LabelAudit
 from finetune_trainer.records import Broken, read_records
 from finetune_trainer.rejections import Problem, Rejections
 from finetune_trainer.spool import DocumentSpool
@@ -28,14 +30,12 @@ _PROGRESS_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Collected:
-    """What came of reading a dataset.
-
-    `two_parts` counts the documents whose prompt and completion had to be encoded apart.
-    """
+    """What came of reading a dataset. `cut` counts messages that conversations lost behind their last answer."""
 
     records: int
-    two_parts: int
+    cut: int
     rejections: Rejections
+    audit: LabelAudit
 
 
 def collect_documents(
@@ -43,37 +43,45 @@ def collect_documents(
     encoder: Encoder,
     spool: DocumentSpool,
     *,
-    format_name: str,
+    record_format: RecordFormat,
     max_length: int | None,
     learn_prompt: bool,
     seed: int,
     rejections: Rejections,
+    most: int | None = None,
 ) -> Collected:
     """Fill `spool` with every usable record of the dataset artifact, in the order of files and lines.
 
     A document of more than `max_length` tokens (None: any number is right) is rejected, never cut. With `learn_prompt`
     labels cover the prompt too. A document's key in the spool is a hash of the seed and its text. Goes on after the
-    batches that the spool has from an earlier attempt. UserError when too many records are rejected or none is left.
+    batches that the spool has from an earlier attempt, and reads no more than the first `most` records. UserError when
+    too many records are rejected or none is left.
     """
-    records, two_parts = _take_over(spool, rejections)
+    audit = LabelAudit(encoder)
+    records, cut = _take_over(spool, rejections, audit)
     listed = len(rejections.problems)
     said = time.monotonic()
-    for batch in _batches(dataset, format_name, rejections, skip=records):
+    for batch in _batches(dataset, record_format, rejections, skip=records, most=most):
         records += len(batch)
-        before = two_parts
+        cut_before = cut
         usable = [(place, example) for place, example in batch if example is not None]
         documents = encoder.encode_examples([example for _, example in usable])
         for (place, example), document in zip(usable, documents, strict=True):
-            found = _problem_of(document, max_length)
+            if learn_prompt:
+                document = replace(document, learnt=[(1, len(document.tokens))])
+            kind, found = _problem_of(document, max_length)
             if found:
-                rejections.add(replace(place, found=found))
+                rejections.add(replace(place, found=found, kind=kind))
+                audit.refuse(kind)
                 continue
-            two_parts += document.was_split
-            learnt = [(1 if learn_prompt else document.boundary, len(document.tokens))]
-            spool.add(document.tokens, learnt, _key(seed, example))
+            cut += example.cut
+            key = _key(seed, example)
+            spool.add(document.tokens, document.learnt, key)
+            audit.add(place, key, example, document)
         problems = [vars(problem) for problem in rejections.problems[listed:]]
         listed += len(problems)
-        spool.commit({"records": len(batch), "twoParts": two_parts - before, "problems": problems})
+        note = {"records": len(batch), "cut": cut - cut_before, "problems": problems, "audit": audit.take_chunk()}
+        spool.commit(note)
         if time.monotonic() - said > _PROGRESS_SECONDS:
             said = time.monotonic()
             print(f"read {records} records, encoded {len(spool)}, rejected {len(rejections.problems)}", flush=True)
@@ -81,47 +89,46 @@ def collect_documents(
     if len(spool) == 0:
         raise UserError("NoDocuments", f"the dataset has no usable record ({records} read): nothing to train on")
     print(f"read {records} records: {len(spool)} documents, {len(rejections.problems)} rejected", flush=True)
-    if two_parts:
-        print(
-            f"{two_parts} documents were encoded in two parts: a token would have joined the end of the prompt and the "
-            "beginning of the completion",
-            flush=True,
-        )
-    return Collected(records, two_parts, rejections)
+    if rejections.problems:
+        print("rejected: " + ", ".join(f"{kind} {count}" for kind, count in rejections.counts().items()), flush=True)
+    if cut:
+        print(f"{cut} messages behind the last answer of their conversation are left out", flush=True)
+    return Collected(records, cut, rejections, audit)
 
 
-def _take_over(spool: DocumentSpool, rejections: Rejections) -> tuple[int, int]:
-    """Records that an earlier attempt has read, and its documents in two parts; its problems go to `rejections`."""
+def _take_over(spool: DocumentSpool, rejections: Rejections, audit: LabelAudit) -> tuple[int, int]:
+    """Records that an earlier attempt has read, and messages it cut; problems and labels go to the other arguments."""
     notes: list[dict[str, Any]] = spool.notes
     for note in notes:
+        audit.add_chunk(note["audit"])
         for problem in note["problems"]:
             rejections.add(Problem(**problem))
     records = sum(note["records"] for note in notes)
     if records:
         print(f"an earlier attempt has read {records} records: going on after its {len(spool)} documents", flush=True)
-    return records, sum(note["twoParts"] for note in notes)
+    return records, sum(note["cut"] for note in notes)
 
 
 def _batches(
-    dataset: Path, format_name: str, rejections: Rejections, *, skip: int
+    dataset: Path, record_format: RecordFormat, rejections: Rejections, *, skip: int, most: int | None
 ) -> Iterator[list[tuple[Problem, Example | None]]]:
-    """Each record's place with its example, or None where it was rejected, after the first `skip` records.
+    """Each record's place with its example, or None where it was rejected, from record `skip` on up to `most`.
 
     A place is a Problem without `found`.
     """
     batch: list[tuple[Problem, Example | None]] = []
     files = read_manifest(dataset).files
     records = (record for entry in files for record in read_records(dataset / entry.path, entry.path))
-    for record in islice(records, skip, None):
+    for record in islice(records, skip, most):
         place = Problem(record.file, record.line, field="", found="")
         example = None
         if isinstance(record, Broken):
-            rejections.add(replace(place, found=record.found))
+            rejections.add(replace(place, found=record.found, kind=BROKEN))
         else:
             try:
-                example = build_example(format_name, record.value)
+                example = record_format.example(record.value)
             except RecordError as error:
-                rejections.add(replace(place, field=error.field, found=error.found))
+                rejections.add(replace(place, field=error.field, found=error.found, kind=error.kind))
         batch.append((place, example))
         if len(batch) == _BATCH:
             yield batch
@@ -129,15 +136,19 @@ def _batches(
     yield batch
 
 
-def _problem_of(document: Document, max_length: int | None) -> str:
-    """Why a document cannot be used; "" when it can."""
+def _problem_of(document: Document, max_length: int | None) -> tuple[str, str]:
+    """(kind, what is wrong) of a document that cannot be used; two empty strings when it can."""
     if document.double_bos:
-        return "the prompt begins with the beginning-of-sequence token that the tokenizer adds itself: remove it"
+        return DOUBLE_BOS, (
+            "the text begins with the beginning-of-sequence token that the tokenizer adds itself: remove it"
+        )
     if max_length is not None and len(document.tokens) > max_length:
-        return f"{len(document.tokens)} tokens, maxLength is {max_length}"
-    return ""
+        return TOO_LONG, f"{len(document.tokens)} tokens, maxLength is {max_length}"
+    if not document.supervised:
+        return UNLEARNT, "no token of it would be learnt: its answer has none"
+    return "", ""
 
 
 def _key(seed: int, example: Example) -> int:
-    text = f"{seed}\0{example.prompt}\0{example.completion}"
+    text = "\0".join([str(seed), *(span.text for span in example.spans)])
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")

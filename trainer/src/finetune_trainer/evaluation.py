@@ -194,7 +194,7 @@ def _stop_tokens(model: Any, encoder: Encoder) -> set[int]:
     own = getattr(model, "generation_config", None)
     ids = getattr(own, "eos_token_id", None)
     listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return {encoder.eos_token_id, *listed}
+    return {*encoder.stop_token_ids, *listed}
 
 
 def _batches(rows: PreparedRows, device: str) -> Iterator[MicroBatch]:

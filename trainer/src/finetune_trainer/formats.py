@@ -4,86 +4,314 @@ prepare builds training examples here and evaluate builds its prompts here, so t
 string. Reading files (records.py) and tokens (tokenization.py) are no business of this module.
 
     dolly             instruction, optional context, response: sections "### Instruction", "### Context", "### Answer"
+    alpaca            instruction, optional input, output: Alpaca's own words, with and without input
     samsum            dialogue, summary: "Summarize the chat dialogue:", the dialogue, "---", "Summary:"
     promptCompletion  prompt, completion: the prompt as it is
+    template          fields of the user's own in the user's own prompt and completion
+    text              text: learnt as it is
+    messages          messages of role and content, by the model's own chat template; learnt is what the assistant says
+    sharegpt          the same as conversations of from (human, gpt, system) and value
 
-Every completion is followed by the end-of-sequence token, which tokenization.py adds as a token.
+Each document ends in the end-of-sequence token, or in the token by which the chat template ends a turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import string
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from finetune_trainer.chat import ASSISTANT, ChatTemplate
+from finetune_trainer.contract import digest_of
 from finetune_trainer.errors import UserError
+from finetune_trainer.examples import EMPTY, Example, RecordError, Span
+from finetune_trainer.spec_rules import template_fields
 
 DOLLY = "dolly"
 SAMSUM = "samsum"
 PROMPT_COMPLETION = "promptCompletion"
-FORMATS = (DOLLY, SAMSUM, PROMPT_COMPLETION)
+ALPACA = "alpaca"
+MESSAGES = "messages"
+SHAREGPT = "sharegpt"
+TEXT = "text"
+TEMPLATE = "template"
+FORMATS = (DOLLY, SAMSUM, PROMPT_COMPLETION, ALPACA, MESSAGES, SHAREGPT, TEXT, TEMPLATE)
+CONVERSATIONS = frozenset({MESSAGES, SHAREGPT})
 
+_ROLES = ("system", "developer", "user", ASSISTANT, "tool")
+_SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bing": ASSISTANT, "bard": ASSISTANT,
+    "assistant": ASSISTANT, "model": ASSISTANT, "system": "system", "tool": "tool", "observation": "tool",
+}  # fmt: skip
 _SHOWN = 60
 """Characters of a wrong value that a message shows."""
 
 
-@dataclass(frozen=True)
-class Example:
-    """What the model reads, and what it is to answer."""
+class RecordFormat(ABC):
+    """One format. `rendered` is true where a chat template writes the text and its beginning of sequence."""
 
-    prompt: str
-    completion: str
+    name: str
+    rendered = False
+
+    @abstractmethod
+    def example(self, record: Any) -> Example:
+        """The example of one record of a dataset file; fields that the format does not know are ignored.
+
+        RecordError names the field that is missing, empty or no text.
+        """
+
+    @abstractmethod
+    def prompt(self, text: str, context: str | None = None) -> str:
+        """The prompt string for one question, as example() puts it before the answer.
+
+        `text` is the instruction, the dialogue, the prompt, or what the user says; `context` is dolly's context,
+        alpaca's input, a conversation's system message or a template's second field. UserError when the format has no
+        place for it.
+        """
+
+    @property
+    def end_of_turn(self) -> str:
+        """The token that ends an answer in place of the end-of-sequence token; "" without one of its own."""
+        return ""
+
+    def prompt_digest(self) -> str:
+        """ "sha256:<hex>" of what the format puts around a question: equal formats give equal prompts."""
+        prompts = [self.prompt("\0question", context) for context in (None, "\0context") if self._takes(context)]
+        return digest_of([self.name, self.end_of_turn, *prompts])
+
+    def _takes(self, context: str | None) -> bool:
+        try:
+            self.prompt("\0question", context)
+        except UserError:
+            return False
+        return True
+
+    def _refuse_context(self, context: str | None) -> None:
+        if context:
+            raise UserError(
+                "InvalidPrompt", f"format {self.name} has no context, got {_shown(context)}: put it into the text"
+            )
 
 
-class RecordError(ValueError):
-    """A record does not fit its format. `field` is the field's name, "" for the whole record; `found` what is there."""
+def open_format(name: str, *, template: Mapping[str, Any] | None = None, tokenizer: Any = None) -> RecordFormat:
+    """The format `name`. `template` is spec.dataset.template; conversations need the model's tokenizer.
 
-    def __init__(self, field: str, found: str) -> None:
-        super().__init__(f"field {field!r}: {found}" if field else found)
-        self.field = field
-        self.found = found
+    UserError when the format is unknown, the template is no template, or the tokenizer has no usable chat template.
+    """
+    if name in CONVERSATIONS:
+        return _Conversations(name, ChatTemplate(tokenizer))
+    if name == TEMPLATE:
+        return _Template(template or {})
+    if name == TEXT:
+        return _Text()
+    if name in _QUESTIONS:
+        return _QuestionAndAnswer(name)
+    raise UserError("UnknownFormat", f"dataset format {name!r} is not available: use one of {', '.join(FORMATS)}")
 
 
 def build_prompt(format_name: str, text: str, context: str | None = None) -> str:
-    """The prompt string for one question.
+    """The prompt string for one question in a format that needs neither template nor tokenizer."""
+    return open_format(format_name).prompt(text, context)
 
-    `text` is the instruction (dolly), the dialogue (samsum) or the whole prompt (promptCompletion). Only dolly has a
-    context; UserError when one is given to another format, or the format is unknown.
-    """
-    if context and format_name != DOLLY:
-        raise UserError(
-            "InvalidPrompt", f"format {format_name} has no context, got {_shown(context)}: put it into the text"
-        )
-    if format_name == DOLLY:
-        # Blank context is how the dataset's own files write "none".
-        middle = f"### Context\n{context}\n\n" if context and context.strip() else ""
-        return f"### Instruction\n{text}\n\n{middle}### Answer\n"
-    if format_name == SAMSUM:
-        return f"Summarize the chat dialogue:\n{text}\n---\nSummary:\n"
-    if format_name == PROMPT_COMPLETION:
+
+# ---- one question and its answer
+
+_QUESTIONS: Mapping[str, tuple[str, str | None, str]] = {
+    DOLLY: ("instruction", "context", "response"),
+    ALPACA: ("instruction", "input", "output"),
+    SAMSUM: ("dialogue", None, "summary"),
+    PROMPT_COMPLETION: ("prompt", None, "completion"),
+}
+"""Fields of question, context (None: the format has none) and answer."""
+
+
+class _QuestionAndAnswer(RecordFormat):
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def example(self, record: Any) -> Example:
+        fields = _object(record)
+        question, context_name, answer = _QUESTIONS[self.name]
+        context = None
+        if context_name is not None:
+            context = fields.get(context_name)
+            if context is not None and not isinstance(context, str):
+                raise RecordError(
+                    context_name, f"expected text or nothing, found {_type_name(context)} {_shown(context)}"
+                )
+            if context:
+                _check_unicode(context_name, context)
+        return Example.of(self.prompt(_text(fields, question), context), _text(fields, answer))
+
+    def prompt(self, text: str, context: str | None = None) -> str:
+        # Blank context is how the datasets' own files write "none".
+        has_context = bool(context and context.strip())
+        if self.name == DOLLY:
+            middle = f"### Context\n{context}\n\n" if has_context else ""
+            return f"### Instruction\n{text}\n\n{middle}### Answer\n"
+        if self.name == ALPACA:
+            with_input = ", paired with an input that provides further context" if has_context else ""
+            middle = f"### Input:\n{context}\n\n" if has_context else ""
+            return (
+                f"Below is an instruction that describes a task{with_input}. Write a response that appropriately "
+                f"completes the request.\n\n### Instruction:\n{text}\n\n{middle}### Response:\n"
+            )
+        self._refuse_context(context)
+        return f"Summarize the chat dialogue:\n{text}\n---\nSummary:\n" if self.name == SAMSUM else text
+
+
+class _Text(RecordFormat):
+    name = TEXT
+
+    def example(self, record: Any) -> Example:
+        return Example((Span(_text(_object(record), "text"), learnt=True),))
+
+    def prompt(self, text: str, context: str | None = None) -> str:
+        self._refuse_context(context)
         return text
-    raise UserError(
-        "UnknownFormat", f"dataset format {format_name!r} is not available: use one of {', '.join(FORMATS)}"
-    )
 
 
-def build_example(format_name: str, record: Any) -> Example:
-    """The example of one record of a dataset file; fields that the format does not know are ignored.
+class _Template(RecordFormat):
+    """Prompt and completion with {name} in place of the field of that name; what is no text is written as JSON."""
 
-    RecordError names the field that is missing, empty or no text. UserError when the format is unknown.
-    """
+    name = TEMPLATE
+
+    def __init__(self, template: Mapping[str, Any]) -> None:
+        self._parts = {}
+        for part in ("prompt", "completion"):
+            text = template.get(part)
+            try:
+                template_fields(str(text or ""))
+            except ValueError as error:
+                raise UserError("InvalidTemplate", f"spec.dataset.template.{part} is {_shown(text)}: {error}") from None
+            if not text:
+                raise UserError("InvalidTemplate", f"spec.dataset.template.{part} is empty: set it")
+            self._parts[part] = text
+        self._asked = list(dict.fromkeys(template_fields(self._parts["prompt"])))
+
+    def example(self, record: Any) -> Example:
+        fields = _object(record)
+        return Example.of(*(self._fill(part, fields) for part in ("prompt", "completion")))
+
+    def prompt(self, text: str, context: str | None = None) -> str:
+        given = [value for value in (text, context) if value is not None]
+        # Whatever the order in the template, a field called context is the context.
+        names = sorted(self._asked, key=lambda name: name == "context")
+        if len(names) != len(given):
+            raise UserError(
+                "InvalidPrompt",
+                f"spec.dataset.template.prompt has {len(names)} fields ({', '.join(names) or 'none'}), a prompt of "
+                f"evaluate gave {len(given)} values: its text stands for the first field, its context for the second",
+            )
+        return self._fill("prompt", dict(zip(names, given, strict=True)))
+
+    def _fill(self, part: str, fields: Mapping[str, Any]) -> str:
+        found = []
+        for literal, name, _, _ in string.Formatter().parse(self._parts[part]):
+            found.append(literal)
+            if name is not None:
+                found.append(self._value(part, name, fields))
+        text = "".join(found)
+        if not text.strip():
+            raise RecordError("", f"template.{part} is empty with its fields", EMPTY)
+        return text
+
+    @staticmethod
+    def _value(part: str, name: str, fields: Mapping[str, Any]) -> str:
+        if name not in fields:
+            raise RecordError(name, f"missing, spec.dataset.template.{part} needs it; the record has {_names(fields)}")
+        value = fields[name]
+        if value is None:
+            return ""
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        _check_unicode(name, text)
+        return text
+
+
+class _Conversations(RecordFormat):
+    """Messages and sharegpt. Messages behind the last answer are cut: there is nothing in them to learn."""
+
+    rendered = True
+
+    def __init__(self, name: str, chat: ChatTemplate) -> None:
+        self.name = name
+        self._chat = chat
+
+    @property
+    def end_of_turn(self) -> str:
+        return self._chat.end_of_turn
+
+    def example(self, record: Any) -> Example:
+        fields = _object(record)
+        key = "messages" if self.name == MESSAGES else "conversations"
+        messages = list(self._messages(fields, key))
+        answers = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
+        if not answers:
+            raise RecordError(key, "has no message of the assistant: nothing to learn", EMPTY)
+        if answers[0] == 0:
+            raise RecordError(key, "begins with the assistant: a message of the user must stand before it")
+        kept = messages[: answers[-1] + 1]
+        spans = self._chat.render_spans(kept, fields.get("tools") or None)
+        return Example(tuple(spans), rendered=True, cut=len(messages) - len(kept))
+
+    def prompt(self, text: str, context: str | None = None) -> str:
+        messages = [{"role": "system", "content": context}] if context else []
+        try:
+            return self._chat.render_prompt([*messages, {"role": "user", "content": text}])
+        except RecordError as error:
+            raise UserError("InvalidPrompt", error.found) from error
+
+    def _messages(self, fields: Mapping[str, Any], key: str) -> Iterator[dict[str, Any]]:
+        if key not in fields:
+            raise RecordError(key, f"missing; the record has {_names(fields)}")
+        messages = _decoded(fields[key])
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise RecordError(key, f"expected a list of messages, found {_type_name(messages)} {_shown(messages)}")
+        if not messages:
+            raise RecordError(key, "is empty", EMPTY)
+        for number, message in enumerate(messages):
+            yield self._message(message, f"{key}[{number}]")
+
+    def _message(self, message: Any, place: str) -> dict[str, Any]:
+        if not isinstance(message, Mapping):
+            raise RecordError(place, f"expected an object, found {_type_name(message)} {_shown(message)}")
+        who, what = ("from", "value") if self.name == SHAREGPT else ("role", "content")
+        role = message.get(who)
+        roles = _SHAREGPT_ROLES if self.name == SHAREGPT else dict(zip(_ROLES, _ROLES, strict=True))
+        if not isinstance(role, str) or role not in roles:
+            raise RecordError(f"{place}.{who}", f"expected one of {', '.join(roles)}, found {_shown(role)}")
+        # Columns of Parquet have every field in every row, as null where a message has none.
+        others = {name: value for name, value in message.items() if value is not None and name not in (who, what)}
+        content = message.get(what)
+        if content is None and others.get("tool_calls"):
+            content = ""
+        elif not isinstance(content, str):
+            raise RecordError(f"{place}.{what}", f"expected text, found {_type_name(content)} {_shown(content)}")
+        elif not content.strip() and not others.get("tool_calls"):
+            raise RecordError(f"{place}.{what}", "is empty", EMPTY)
+        _check_unicode(f"{place}.{what}", content)
+        return {**others, "role": roles[role], "content": content}
+
+
+# ---- fields
+
+
+def _object(record: Any) -> Mapping[str, Any]:
     if not isinstance(record, Mapping):
         raise RecordError("", f"expected an object, found {_type_name(record)} {_shown(record)}")
-    if format_name == DOLLY:
-        context = record.get("context")
-        if context is not None and not isinstance(context, str):
-            raise RecordError("context", f"expected text or nothing, found {_type_name(context)} {_shown(context)}")
-        if context:
-            _check_unicode("context", context)
-        return Example(build_prompt(DOLLY, _text(record, "instruction"), context), _text(record, "response"))
-    if format_name == SAMSUM:
-        return Example(build_prompt(SAMSUM, _text(record, "dialogue")), _text(record, "summary"))
-    return Example(build_prompt(format_name, _text(record, "prompt")), _text(record, "completion"))
+    return record
+
+
+def _decoded(value: Any) -> Any:
+    """A list that a CSV cell, or a column of text, holds as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
 
 
 def _text(record: Mapping[str, Any], field: str) -> str:
@@ -93,7 +321,7 @@ def _text(record: Mapping[str, Any], field: str) -> str:
     if not isinstance(value, str):
         raise RecordError(field, f"expected text, found {_type_name(value)} {_shown(value)}")
     if not value.strip():
-        raise RecordError(field, "is empty")
+        raise RecordError(field, "is empty", EMPTY)
     _check_unicode(field, value)
     return value
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_trainer.artifacts import read_tensor_header
+from finetune_trainer.errors import UserError
 from finetune_trainer.model_files import read_model_config
 
 _NAMES: Mapping[str, tuple[str, ...]] = {
@@ -66,3 +67,12 @@ def _size(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None
+
+
+def check_length(model: Path, max_length: int) -> None:
+    """UserError when rows of `max_length` tokens are longer than the model in the folder has positions."""
+    limit = read_model_config(model).get("max_position_embeddings")
+    if isinstance(limit, int) and max_length > limit:
+        raise UserError(
+            "MaxLengthTooLong", f"spec.dataset.maxLength is {max_length}, the model has {limit} positions: lower it"
+        )

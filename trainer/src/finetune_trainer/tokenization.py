@@ -1,10 +1,12 @@
-"""Turns prompts and completions into tokens and labels; evaluate encodes its prompts here too.
+"""Turns examples into tokens and labels; evaluate encodes its prompts here too.
 
 What the trained model will be asked is exactly what it was trained on: a document is the tokenizer's own prefix (its
-beginning-of-sequence token, if it adds one), the text, and the end-of-sequence token. Text is encoded as one string, so
-that the completion gets its natural tokens, and the boundary between prompt and completion is where the tokens of the
-prompt alone end. Where a token would straddle that boundary (a prompt that ends in a space) the two are encoded apart,
-since at inference the model sees the prompt's own tokens.
+beginning-of-sequence token, if it adds one; a chat template writes its own), the text, and the token that ends it.
+
+Each span of an example is encoded by itself. So labels are the tokens of the learnt spans, to the character, and
+nothing is searched for; and the tokens before an answer are those that the model sees at inference, which one that
+straddles the boundary (a prompt that ends in a space) never would be. It costs one pass over the text, without
+character offsets; label_audit.py holds sampled documents against the offsets of their whole text.
 
 The padding token is never consulted for labels: padding is told by length.
 """
@@ -17,24 +19,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.errors import UserError
-from finetune_trainer.formats import Example
+from finetune_trainer.examples import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+_JOINT = "\n"
+"""Stands in front of a span that is not the first, where the tokenizer would put a space of its own there."""
+
+
 @dataclass(frozen=True)
 class Document:
-    """One example as tokens; the last token is the end of sequence.
+    """One example as tokens; the last token is a stop token, by which a model ends its answer.
 
-    `boundary` is the index of the completion's first token. `was_split` is true where prompt and completion had to be
-    encoded apart. `double_bos` is true where the text itself begins with the token that the tokenizer puts in front.
+    `learnt` are the ranges (first, end) of tokens that are labels, never the first token of all. `double_bos` is true
+    where the sequence begins twice: the text has the token that the tokenizer puts in front, or has it two times.
     """
 
     tokens: list[int]
-    boundary: int
-    was_split: bool
+    learnt: list[tuple[int, int]]
     double_bos: bool
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that are labels."""
+        return sum(end - first for first, end in self.learnt)
+
+    @property
+    def learns_to_stop(self) -> bool:
+        """Whether the last token is a label."""
+        return bool(self.learnt) and self.learnt[-1][1] == len(self.tokens)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
@@ -68,43 +83,77 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
 
 class Encoder:
-    """Encodes with one tokenizer. `prefix` are the tokens it puts in front of every text, often just one."""
+    """Encodes with one tokenizer. `prefix` are the tokens it puts in front of every text, often just one.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    `end_of_turn` is a format's own stop token, as text; `stop_token_ids` are it and the end of sequence.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, end_of_turn: str = "") -> None:
         self._backend: Any = tokenizer.backend_tokenizer
         self.eos_token_id: int = tokenizer.eos_token_id
+        self.bos_token_id: int | None = tokenizer.bos_token_id
         self.pad_token_id: int = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
-        plain = self._encode(["a"])[0]
+        self.stop_token_ids = {self.eos_token_id}
+        if end_of_turn:
+            self.stop_token_ids.add(self._backend.token_to_id(end_of_turn))
+        plain, joint, joined = self._encode(["a", _JOINT, _JOINT + "a"])
         whole = self._backend.encode("a", add_special_tokens=True).ids
         starts = [index for index in range(len(whole)) if whole[index : index + len(plain)] == plain]
         self.prefix: list[int] = whole[: starts[0]] if starts else []
         # What it would add behind a text (some add the end of sequence) is left out of prompts on purpose.
+        self._joint: list[int] = joint if joined != joint + plain and joined[: len(joint)] == joint else []
 
-    def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The tokens that a model is asked to continue, prefix included."""
-        return [self.prefix + tokens for tokens in self._encode(prompts)]
+    def encode_prompts(self, prompts: Sequence[str], *, rendered: bool = False) -> list[list[int]]:
+        """The tokens that a model is asked to continue, prefix included; `rendered` where a chat template wrote it."""
+        prefix = [] if rendered else self.prefix
+        return [prefix + tokens for tokens in self._encode(prompts)]
+
+    def encode_whole(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens of a text in one piece, without prefix and end, and the characters (first, end) of each."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens, special ones written out."""
+        return str(self._backend.decode(list(tokens), skip_special_tokens=False))
 
     def encode_examples(self, examples: Sequence[Example]) -> list[Document]:
         """The documents of `examples`, in their order. Runs on the tokenizer's own threads: pass batches."""
-        prompts = self._encode([example.prompt for example in examples])
-        wholes = self._encode([example.prompt + example.completion for example in examples])
-        return [
-            self._document(example, prompt, whole)
-            for example, prompt, whole in zip(examples, prompts, wholes, strict=True)
-        ]
+        texts = [span.text for example in examples for span in example.spans]
+        if not self._joint:
+            encoded = iter(self._encode(texts))
+        else:
+            later = [number > 0 for example in examples for number in range(len(example.spans))]
+            encoded = iter(self._encode_joined(texts, later))
+        return [self._document(example, [next(encoded) for _ in example.spans]) for example in examples]
 
-    def _document(self, example: Example, prompt: list[int], whole: list[int]) -> Document:
-        was_split = whole[: len(prompt)] != prompt
-        if was_split:
-            whole = prompt + self._encode([example.completion])[0]
-        tokens = self.prefix + whole
-        if tokens[-1] != self.eos_token_id:
+    def _document(self, example: Example, spans: list[list[int]]) -> Document:
+        tokens = [] if example.rendered else list(self.prefix)
+        size = len(tokens)
+        learnt: list[tuple[int, int]] = []
+        for span, some in zip(example.spans, spans, strict=True):
+            if span.learnt and some:
+                learnt.append((max(1, len(tokens)), len(tokens) + len(some)))
+            tokens += some
+        if not tokens or tokens[-1] not in self.stop_token_ids:
             tokens.append(self.eos_token_id)
-        size = len(self.prefix)
-        double_bos = size > 0 and whole[:size] == self.prefix
-        return Document(tokens, boundary=size + len(prompt), was_split=was_split, double_bos=double_bos)
+            if learnt and learnt[-1][1] == len(tokens) - 1:
+                learnt[-1] = (learnt[-1][0], len(tokens))
+        bos = [self.bos_token_id]
+        double_bos = tokens[:2] == bos + bos or (size > 0 and tokens[size : 2 * size] == self.prefix)
+        return Document(tokens, [(first, end) for first, end in learnt if end > first], double_bos)
+
+    def _encode_joined(self, texts: Sequence[str], later: Sequence[bool]) -> list[list[int]]:
+        """Each text; one that is `later` in its document as it is tokenised there, without a space in front."""
+        size = len(self._joint)
+        found = self._encode([_JOINT + text if joined else text for text, joined in zip(texts, later, strict=True)])
+        for number, tokens in enumerate(found):
+            if later[number]:
+                fits = tokens[:size] == self._joint
+                found[number] = tokens[size:] if fits else self._encode([texts[number]])[0]
+        return found
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]

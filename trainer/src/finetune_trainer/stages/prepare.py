@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from finetune_trainer import formats, packing, rows
-from finetune_trainer.artifacts import artifact_ref, new_artifact
+from finetune_trainer.artifacts import artifact_ref, new_artifact, read_manifest
 from finetune_trainer.contract import (
     DATASET_INPUT,
     DATASET_TOKEN_SECRET,
@@ -33,7 +33,8 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.documents import Collected, collect_documents
 from finetune_trainer.errors import UserError
-from finetune_trainer.model_shape import read_model_shape
+from finetune_trainer.label_audit import AUDIT_FILE
+from finetune_trainer.model_shape import check_length, read_model_shape
 from finetune_trainer.rejections import Rejections
 from finetune_trainer.sources import open_source
 from finetune_trainer.sources.datasets import fetch_dataset
@@ -41,6 +42,7 @@ from finetune_trainer.sources.models import fetch_model
 from finetune_trainer.spool import DocumentSpool
 from finetune_trainer.stage import finished_report, keep_report
 from finetune_trainer.tokenization import Encoder, load_tokenizer
+from finetune_trainer.tokenizer_files import frozen_digests, tokenizer_files
 
 DATA_FILE = "data.json"
 REJECTED_FILE = "rejected.jsonl"
@@ -65,6 +67,7 @@ class Args:
     configuration: str | None
     files: str | list[str] | None
     format: str
+    template: Mapping[str, Any] | None
     max_length: int
     packing: str
     loss_on: str
@@ -89,6 +92,7 @@ def parse_args(config: StageConfig) -> Args:
         configuration=_field(dataset, "dataset.configuration", str, None),
         files=_field(dataset, "dataset.files", (str, list), None),
         format=_field(dataset, "dataset.format", str),
+        template=_field(dataset, "dataset.template", dict, None),
         max_length=_field(dataset, "dataset.maxLength", int),
         packing=_field(dataset, "dataset.packing", str, packing.BEST_FIT),
         loss_on=_field(dataset, "dataset.lossOn", str, COMPLETION),
@@ -124,6 +128,8 @@ def parse_args(config: StageConfig) -> Args:
 def run(config: StageConfig) -> Report:
     """Run prepare; see the module's docstring. Raises UserError, RetryableError, CorruptArtifact, ContractError."""
     args = parse_args(config)
+    if args.format not in formats.CONVERSATIONS:
+        formats.open_format(args.format, template=args.template)  # a template that is none is told before any download
     workspace = config.workspace_path
     model = fetch_model(
         open_source(
@@ -150,19 +156,23 @@ def run(config: StageConfig) -> Report:
         files=args.files,
     )
     artifacts = {MODEL_INPUT: artifact_ref(workspace, model), DATASET_INPUT: artifact_ref(workspace, dataset)}
-    encoder = Encoder(load_tokenizer(model, trust_remote_code=args.trust_remote_code))
-    _check_length(model, args.max_length)
+    tokenizer = load_tokenizer(model, trust_remote_code=args.trust_remote_code)
+    record_format = formats.open_format(args.format, template=args.template, tokenizer=tokenizer)
+    encoder = Encoder(tokenizer, record_format.end_of_turn)
+    check_length(model, args.max_length)
     with _open_spool(config, artifacts) as spool:
         read = collect_documents(
             dataset,
             encoder,
             spool,
-            format_name=args.format,
+            record_format=record_format,
             max_length=None if args.packing == packing.WRAPPED else args.max_length,
             learn_prompt=args.loss_on == ALL,
             seed=args.seed,
             rejections=Rejections(args.max_rejected_percent),
         )
+        print(read.audit.summary(), flush=True)
+        read.audit.check()
         _check_vocabulary(model, spool.largest_token())
         with new_artifact(config.output_path, config.stage) as writer:
             plan = _plan(args, spool)
@@ -171,9 +181,11 @@ def run(config: StageConfig) -> Report:
                 rows.write_rows(writer, name, spool, some, row_length=args.max_length, pad=pad)
             count = plan.steps * args.global_batch_size
             rows.write_order(writer, packing.iterate_order(len(plan.rows), count, args.seed), count)
-            data = _describe(args, plan, encoder, read)
+            data = {**_describe(args, plan, encoder, read), **_frozen(args, model, record_format)}
             writer.write(DATA_FILE, canonical_json(data))
             writer.write(REJECTED_FILE, read.rejections.as_lines())
+            writer.write(AUDIT_FILE, read.audit.as_lines())
+            writer.metadata.update(frozen_digests(data))
             writer.versions.update(_versions())
             keep_report(writer, _metrics(data, model), artifacts)
     return finished_report(config)
@@ -295,27 +307,35 @@ def _describe(args: Args, plan: _Plan, encoder: Encoder, read: Collected) -> dic
         "validationDocuments": plan.validation_documents,
         "records": read.records,
         "rejected": len(read.rejections.problems),
-        "encodedInTwoParts": read.two_parts,
+        "rejectedByKind": read.rejections.counts(),
+        "cutMessages": read.cut,
+        **read.audit.metrics(),
         "eosTokenId": encoder.eos_token_id,
         "padTokenId": encoder.pad_token_id,
+        "stopTokenIds": sorted(encoder.stop_token_ids),
         "prefixTokenIds": encoder.prefix,
         "trustRemoteCode": args.trust_remote_code,
     }
 
 
+def _frozen(args: Args, model: Path, record_format: formats.RecordFormat) -> dict[str, Any]:
+    """What evaluation must find again to ask what was trained: the template, and digests of prompts and tokenizer."""
+    return {
+        "template": args.template,
+        "promptSha256": record_format.prompt_digest(),
+        "tokenizer": tokenizer_files(read_manifest(model)),
+    }
+
+
 def _metrics(data: Mapping[str, Any], model: Path) -> dict[str, Any]:
     """What the report says: the data's figures, and the model's sizes, by which the operator checks what follows."""
-    names = ("rows", "documents", "validationDocuments", "tokens", "supervisedTokens", "maxSteps", "epochs", "rejected")
+    names = (
+        "rows", "documents", "validationDocuments", "tokens", "supervisedTokens", "maxSteps", "epochs", "rejected",
+        "rejectedByKind", "cutMessages", "supervisedPercent", "stopSupervisedPercent", "doubleBos",
+        "supervisedHistogram",
+    )  # fmt: skip
     shape = read_model_shape(model)
     return {**{name: data[name] for name in names}, **({} if shape is None else {"model": shape})}
-
-
-def _check_length(model: Path, max_length: int) -> None:
-    limit = json.loads((model / "config.json").read_bytes()).get("max_position_embeddings")
-    if isinstance(limit, int) and max_length > limit:
-        raise UserError(
-            "MaxLengthTooLong", f"spec.dataset.maxLength is {max_length}, the model has {limit} positions: lower it"
-        )
 
 
 def _check_vocabulary(model: Path, largest: int) -> None:
