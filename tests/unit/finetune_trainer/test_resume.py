@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,13 +24,6 @@ pytestmark = pytest.mark.timeout(300)  # the first test pays for the imports of 
 
 STEPS = 12
 LONG = {"maxSteps": STEPS, "checkpointEverySteps": 3, "logEverySteps": 4}
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    server = Ranks()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
