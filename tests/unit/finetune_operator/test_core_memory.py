@@ -10,7 +10,8 @@ from builders import make_job
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_operator.core.memory import GIB, TOLERANCE, estimate_memory, trainable_parameters
+from finetune_operator.api.spec import FineTuneJobSpec
+from finetune_operator.core.memory import GIB, TOLERANCE, _block_layers, estimate_memory, trainable_parameters
 from finetune_operator.core.model_shapes import BUILT_IN_SHAPES, ModelShape
 from finetune_operator.core.parallelism import Parallelism, derive_parallelism
 
@@ -31,20 +32,31 @@ def spread(tp: int = 1, pp: int = 1, dp: int = 1, micro: int = 1, strategy: str 
     )
 
 
+ON_TRAINIUM = {"accelerator": {"type": "neuron", "instanceType": "ml.trn1.32xlarge", "nodes": 1}}
+
+
 @pytest.mark.parametrize(
-    ("method", "precision", "states"),
+    ("where", "precision", "states"),
     [
-        pytest.param(FULL, "bf16", (2, 2, 12), id="mixed precision Adam: 2 + 2 + 12 bytes a parameter"),
-        pytest.param(FULL, "fp32", (4, 4, 8), id="float32 Adam: 4 + 4 + 8 bytes a parameter"),
+        pytest.param({}, "fp32", (4, 4, 8), id="float32 Adam: 4 + 4 + 8 bytes a parameter"),
+        pytest.param(ON_TRAINIUM, "bf16", (2, 2, 12), id="Trainium in bf16: 2 + 2 + 12, a float32 copy among them"),
+        pytest.param(ON_TRAINIUM, "fp32", (4, 4, 8), id="Trainium in fp32: 4 + 4 + 8"),
     ],
 )
 def test_full_training_holds_sixteen_bytes_a_parameter(
-    method: dict[str, Any], precision: str, states: tuple[int, int, int]
+    where: dict[str, Any], precision: str, states: tuple[int, int, int]
 ) -> None:
-    spec = make_job(method=method, training={"precision": precision}).spec
+    spec = make_job(method=FULL, training={"precision": precision}, **where).spec
     found = estimate_memory(spec, spread(), LLAMA_8B)
     parts = (found.weights, found.gradients, found.optimizer)
     assert parts == tuple(size * LLAMA_8B.parameters for size in states)
+
+
+def test_full_training_in_bf16_has_float32_weights_and_a_copy_of_every_matrix_it_multiplies_with() -> None:
+    spec = make_job(method=FULL, training={"precision": "bf16"}).spec
+    found = estimate_memory(spec, spread(), LLAMA_8B)
+    assert found.weights == 4 * 8_030_261_248 + 2 * (8_030_261_248 - 128256 * 4096)
+    assert (found.gradients, found.optimizer) == (4 * 8_030_261_248, 8 * 8_030_261_248)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +66,7 @@ def test_full_training_holds_sixteen_bytes_a_parameter(
         pytest.param("none", "fp32", 4 * 8_030_261_248, id="a float32 base"),
         pytest.param("int8", "bf16", 2 * 1_050_673_152 + 6_979_588_096, id="an int8 base with bf16 embeddings"),
         pytest.param("nf4", "bf16", 2 * 1_050_673_152 + 0.5625 * 6_979_588_096, id="an nf4 base with bf16 embeddings"),
+        pytest.param("nf4", "fp32", 4 * 1_050_673_152 + 0.5625 * 6_979_588_096, id="an nf4 base in float32"),
     ],
 )
 def test_lora_holds_the_base_once_and_sixteen_bytes_a_parameter_of_the_adapter(
@@ -63,22 +76,68 @@ def test_lora_holds_the_base_once_and_sixteen_bytes_a_parameter_of_the_adapter(
     spec = make_job(method={**LORA, "quantization": quantization}, training={"precision": precision}).spec
     found = estimate_memory(spec, spread(), LLAMA_8B)
     assert trainable_parameters(spec, LLAMA_8B) == adapter
-    assert found.weights == base_bytes + 4 * adapter
+    assert found.weights == base_bytes + (6 if precision == "bf16" else 4) * adapter
     assert (found.gradients, found.optimizer) == (4 * adapter, 8 * adapter)
 
 
-def test_bloom_7b1_trains_3932160_parameters_at_rank_16() -> None:
-    spec = make_job(method={"lora": {"rank": 16, "targetModules": ["query_key_value"]}}).spec
-    shape = BUILT_IN_SHAPES["bigscience/bloomz-7b1"]
-    assert trainable_parameters(spec, shape) == 30 * 16 * (4096 + 3 * 4096)
+# Of one block of Llama 3 8B: q and o, k and v (8 of 32 heads), gate and up, down. The trainer's tests have the same.
+_LLAMA_LINEAR = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+_LLAMA_OUTPUTS = 2 * 4096 + 2 * 1024 + 2 * 14336 + 4096
+_BLOOM_LINEAR = (4096 + 12288) + (4096 + 4096) + 2 * (4096 + 16384)
 
 
-def test_with_an_mlp_of_four_widths_it_is_the_papers_formula() -> None:
+@pytest.mark.parametrize(
+    ("model", "lora", "expected"),
+    [
+        pytest.param("llama", {"targetModules": ["q_proj", "v_proj"]}, 6_815_744, id="Llama 3 8B, q and v"),
+        pytest.param("bloom", {"rank": 8, "targetModules": ["query_key_value"]}, 3_932_160, id="BLOOMZ-7B1, fused"),
+        pytest.param("llama", {"targetModules": ["all-linear"]}, 32 * 16 * _LLAMA_LINEAR, id="Llama 3 8B, all-linear"),
+        pytest.param("bloom", {"targetModules": ["all-linear"]}, 30 * 16 * _BLOOM_LINEAR, id="BLOOMZ-7B1, all-linear"),
+        pytest.param(
+            "llama",
+            {"targetModules": ["all-linear"], "variant": "dora"},
+            32 * (16 * _LLAMA_LINEAR + _LLAMA_OUTPUTS),
+            id="Llama 3 8B, DoRA: a magnitude for each output more",
+        ),
+        pytest.param(
+            "llama",
+            {"targetModules": ["q_proj", "v_proj"], "modulesToSave": ["lm_head", "embed_tokens", "norm"]},
+            6_815_744 + 2 * 128256 * 4096 + 4096,
+            id="Llama 3 8B, saved modules whole",
+        ),
+        pytest.param(
+            "llama", {"targetModules": ["model.layers.3.mlp.up_proj"]}, 16 * (4096 + 14336), id="one layer by its name"
+        ),
+        pytest.param("llama", {"targetModules": ["lm_head"]}, 16 * (4096 + 128256), id="the output layer"),
+    ],
+)
+def test_trainable_parameters_are_those_that_the_trainer_counts(
+    model: str, lora: dict[str, Any], expected: int
+) -> None:
+    spec = make_job(method={"lora": {"rank": 16, **lora}}).spec
+    shape = {"llama": LLAMA_8B, "bloom": BUILT_IN_SHAPES["bigscience/bloomz-7b1"]}[model]
+    assert trainable_parameters(spec, shape) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["meta-llama/meta-llama-3-8b", "bigscience/bloomz-7b1", "microsoft/phi-3-mini-4k-instruct"]
+)
+def test_the_linear_layers_of_a_family_are_its_parameters_without_embeddings_norms_and_biases(name: str) -> None:
+    shape = BUILT_IN_SHAPES[name]
+    matrices = shape.layers * sum(inputs * outputs for inputs, outputs in _block_layers(shape).values())
+    rest = shape.parameters - shape.embedding_parameters - matrices
+    assert 0 < rest < shape.parameters / 1000
+
+
+def test_with_an_mlp_of_four_widths_it_is_the_papers_formula_and_what_the_adapter_keeps() -> None:
     shape = BUILT_IN_SHAPES["bigscience/bloomz-7b1"]
-    spec = make_job(dataset={"maxLength": 1024}).spec
+    spec = make_job(
+        method={"lora": {"rank": 16, "targetModules": ["query_key_value"]}}, dataset={"maxLength": 1024}
+    ).spec
     for t in (1, 2, 8):
         found = estimate_memory(spec, spread(tp=t, micro=3), shape)
-        assert found.activations == pytest.approx(30 * 1024 * 3 * 4096 * (10 + 24 / t))
+        adapter = 2 * (4096 + 16)
+        assert found.activations == pytest.approx(30 * 1024 * 3 * (4096 * (10 + 24 / t) + adapter))
 
 
 @given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4]), st.integers(1, 4), st.sampled_from([FULL, LORA]))
@@ -108,22 +167,39 @@ def test_logits_count_as_certain_only_where_every_token_is_learnt() -> None:
     assert answers.certain_logits == 0
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_the_activations_are_what_autograd_keeps(lora: bool, precision: str) -> None:
+TOKENS = 512
+_DORA = {"lora": {"rank": 8, "targetModules": ["all-linear"], "variant": "dora"}}
+_FEW = {"lora": {"rank": 8, "targetModules": ["q_proj", "v_proj"]}}
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "checkpointing"),
+    [
+        pytest.param(FULL, "bf16", False, id="full in bf16"),
+        pytest.param(FULL, "fp32", False, id="full in fp32"),
+        pytest.param(FULL, "bf16", True, id="full, computed again"),
+        pytest.param(_FEW, "bf16", False, id="a few layers' adapters in bf16"),
+        pytest.param(_FEW, "fp32", False, id="a few layers' adapters in fp32"),
+        pytest.param(_DORA, "bf16", False, id="dora in bf16"),
+    ],
+)
+def test_the_activations_are_what_autograd_keeps(method: dict[str, Any], precision: str, checkpointing: bool) -> None:
     """Per layer, as the difference between a model of 4 and one of 2 layers, so that embedding and logits cancel."""
     shape = ModelShape(256, 2, 8, 2, 704, 512, 1)
     gated = replace(shape, parameters=2 * shape.embedding_parameters + 4 * 256 * 704 * 4)
-    method = {"lora": {"rank": 8, "targetModules": ["q_proj", "v_proj"]}} if lora else FULL
-    spec = make_job(method=method, dataset={"maxLength": 512}, training={"precision": precision}).spec
+    training = {"precision": precision, "gradientCheckpointing": checkpointing}
+    spec = make_job(method=method, dataset={"maxLength": TOKENS}, training=training).spec
     two = estimate_memory(spec, spread(), gated).activations
-    kept = _kept_bytes(4, shape, lora, precision) - _kept_bytes(2, shape, lora, precision)
+    if checkpointing:  # the one layer that is computed again cancels, too
+        plain = make_job(method=method, dataset={"maxLength": TOKENS}, training={"precision": precision}).spec
+        two -= estimate_memory(plain, spread(), gated).activations / 2
+    kept = _kept_bytes(4, shape, spec) - _kept_bytes(2, shape, spec)
     assert gated.has_gated_mlp
     assert two == pytest.approx(kept, rel=TOLERANCE)
 
 
-def _kept_bytes(layers: int, shape: ModelShape, lora: bool, precision: str) -> int:
-    """Bytes that autograd keeps for the backward pass of one row of 512 tokens, parameters not counted."""
+def _kept_bytes(layers: int, shape: ModelShape, spec: FineTuneJobSpec) -> int:
+    """Bytes that autograd keeps for the backward pass of one row of TOKENS tokens, but weights and their copies."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
@@ -136,10 +212,22 @@ def _kept_bytes(layers: int, shape: ModelShape, lora: bool, precision: str) -> i
         vocab_size=shape.vocab_size,
         use_cache=False,
     )
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    if lora:
+    bf16, lora = spec.training.precision == "bf16", spec.method.lora
+    # As finetune_trainer.methods: a frozen base in the precision, what trains in float32.
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16 if bf16 and lora else torch.float32)
+    if spec.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora is not None:
+        targets = "all-linear" if lora.target_modules == ("all-linear",) else list(lora.target_modules)
         model = peft.get_peft_model(
-            model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+            model,
+            peft.LoraConfig(
+                r=lora.rank,
+                target_modules=targets,
+                lora_dropout=lora.dropout,
+                use_dora=lora.variant == "dora",
+                task_type="CAUSAL_LM",
+            ),
         )
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -150,28 +238,39 @@ def _kept_bytes(layers: int, shape: ModelShape, lora: bool, precision: str) -> i
 
     def pack(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        # Copies of weights are counted as weights, and DoRA's norms of them are gone with their layer's pass.
+        is_weight = storage.data_ptr() in parameters or (tensor.dim() == 2 and TOKENS not in tensor.shape)
+        if not is_weight:
             kept[storage.data_ptr()] = storage.nbytes()
             held.append(tensor)  # else its address could be another's a moment later
         return tensor
 
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
-        model.train()(input_ids=torch.zeros((1, 512), dtype=torch.long))
+        model.train()(input_ids=torch.zeros((1, TOKENS), dtype=torch.long))
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
-def test_fsdp_divides_the_states_among_the_ranks_but_for_one_layer_and_the_embeddings(method: dict[str, Any]) -> None:
-    spec = make_job(method=method, training={"precision": "bf16"}).spec
-    whole = estimate_memory(spec, spread(dp=8), LLAMA_8B)
-    shared = estimate_memory(spec, spread(dp=8, strategy="fsdp"), LLAMA_8B)
-    layer = (LLAMA_8B.parameters - LLAMA_8B.embedding_parameters) / LLAMA_8B.layers
-    assert shared.weights == whole.weights / 8 + 2 * (layer + LLAMA_8B.embedding_parameters)
-    assert (shared.gradients, shared.optimizer) == (whole.gradients / 8, whole.optimizer / 8)
-    assert shared.activations == whole.activations
+@pytest.mark.parametrize("dp", [2, 8, 64])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_fsdp_divides_the_states_among_the_ranks_but_for_what_is_whole_while_it_computes(
+    precision: str, dp: int
+) -> None:
+    """Llama 3 8B: 1,050,673,152 parameters of embeddings, and blocks of 218,112,128 with the last norm's share."""
+    wide = 2 if precision == "bf16" else 4
+    count, embeddings = 8_030_261_248, 1_050_673_152
+    gathered = wide * (embeddings + 2 * (count - embeddings) / 32)
+    full = make_job(method=FULL, training={"precision": precision}).spec
+    found = estimate_memory(full, spread(dp=dp, strategy="fsdp"), LLAMA_8B)
+    assert found.weights == pytest.approx(4 * count / dp + gathered)
+    assert found.gradients == pytest.approx(4 * count / dp + (wide + 4) * embeddings)
+    assert found.optimizer == pytest.approx(8 * count / dp)
+    lora = make_job(method=LORA, training={"precision": precision}).spec
+    found = estimate_memory(lora, spread(dp=dp, strategy="fsdp"), LLAMA_8B)
+    assert found.weights == pytest.approx((wide * count + 4 * 6_815_744) / dp + gathered)
+    assert (found.gradients, found.optimizer) == (4 * 6_815_744, pytest.approx(8 * 6_815_744 / dp))
 
 
 def test_gradient_checkpointing_keeps_each_layers_input_and_one_layers_activations() -> None:

@@ -185,13 +185,41 @@ def test_a_model_whose_weights_exceed_the_device_is_refused_with_the_parts() -> 
     message = problems(job, LLAMA_8B, G5)["spec.accelerator.instanceType"]
     assert "on each GPU of ml.g5.12xlarge, 22.0 GiB are there (weights 29.94 GiB, gradients 0.03 GiB" in message
     assert message.endswith(
-        "choose an instanceType with larger devices, or set training.precision to bf16, or take a smaller model"
+        "choose an instanceType with larger devices, or hold the base in fewer bits (method.quantization nf4), or "
+        "share it between ranks (parallelism.strategy fsdp), or set training.precision to bf16, or take a smaller model"
     )
 
 
 def test_a_full_training_that_cannot_fit_is_told_that_an_adapter_takes_less() -> None:
     message = problems(gpu(method={"type": "full", "lora": None}), LLAMA_8B, G5)["spec.accelerator.instanceType"]
-    assert message.endswith("larger devices, or train an adapter (method.type lora), or take a smaller model")
+    assert message.endswith(
+        "larger devices, or train an adapter (method.type lora), or share it between ranks (parallelism.strategy "
+        "fsdp), or take a smaller model"
+    )
+    (alone,) = problems(
+        make_job(method={"type": "full", "lora": None}, accelerator={"nodes": 1}),
+        LLAMA_8B,
+        None,
+        pod_memory_bytes=32 * GIB,
+    ).values()
+    assert alone.endswith("train an adapter (method.type lora), or take a smaller model")
+
+
+@pytest.mark.parametrize(
+    ("lora", "where"),
+    [
+        ({"targetModules": ["q_proj", "lm_head"]}, "spec.method.lora.targetModules"),
+        ({"modulesToSave": ["embed_tokens"]}, "spec.method.lora.modulesToSave"),
+    ],
+    ids=["an adapter on the output layer", "the embedding as a whole"],
+)
+def test_a_matrix_that_is_embedding_and_output_layer_trains_in_no_single_place(
+    lora: dict[str, Any], where: str
+) -> None:
+    job = make_job(method={"lora": lora})
+    tied = BUILT_IN_SHAPES["meta-llama/llama-3.2-1b"]
+    assert "are one matrix (tied embeddings)" in problems(job, tied, None)[where]
+    assert where not in problems(job, LLAMA_8B, None)
 
 
 def test_rows_too_long_for_the_device_are_refused_with_what_to_lower() -> None:

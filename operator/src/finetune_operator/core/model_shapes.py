@@ -20,7 +20,7 @@ _HUB = "hf://"
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes of a decoder-only transformer. `parameters` counts tied embeddings once; `tied` says that the output
-    layer is the embedding."""
+    layer is the embedding, `fused` that queries, keys and values are one layer, and gate and up another (Phi-3)."""
 
     hidden_size: int
     layers: int
@@ -30,6 +30,7 @@ class ModelShape:
     vocab_size: int
     parameters: int
     tied: bool = False
+    fused: bool = False
 
     @property
     def head_size(self) -> int:
@@ -74,7 +75,7 @@ _QWEN25_72B = ModelShape(8192, 80, 64, 8, 29568, 152064, 72_706_203_648)
 _MISTRAL_7B = ModelShape(4096, 32, 32, 8, 14336, 32000, 7_241_732_096)
 _MISTRAL_7B_V03 = ModelShape(4096, 32, 32, 8, 14336, 32768, 7_248_023_552)
 _TINYLLAMA = ModelShape(2048, 22, 32, 4, 5632, 32000, 1_100_048_384)
-_PHI3_MINI = ModelShape(3072, 32, 32, 32, 8192, 32064, 3_821_079_552)
+_PHI3_MINI = ModelShape(3072, 32, 32, 32, 8192, 32064, 3_821_079_552, fused=True)
 _BLOOM_560M = ModelShape(1024, 24, 16, 16, 4096, 250880, 559_214_592, tied=True)
 _BLOOM_1B1 = ModelShape(1536, 24, 16, 16, 6144, 250880, 1_065_314_304, tied=True)
 _BLOOM_1B7 = ModelShape(2048, 24, 16, 16, 8192, 250880, 1_722_408_960, tied=True)

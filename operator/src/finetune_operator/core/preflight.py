@@ -22,7 +22,7 @@ from finetune_operator.api.finetunejob import FineTuneJob
 from finetune_operator.api.problems import Problem
 from finetune_operator.core.accelerators.instances import InstanceType
 from finetune_operator.core.failure import Waiting
-from finetune_operator.core.memory import GIB, MemoryEstimate, estimate_memory
+from finetune_operator.core.memory import EMBEDDINGS, GIB, OUTPUT_LAYERS, MemoryEstimate, estimate_memory
 from finetune_operator.core.model_shapes import ModelShape
 from finetune_operator.core.parallelism import MAX_SPLIT, Parallelism
 from finetune_operator.core.quantities import format_quantity, parse_quantities
@@ -105,11 +105,29 @@ def _spec_problems(
     if shape is None:
         return
     yield from _split_problems(parallelism, shape, instance)
+    yield from _tied_problems(job, shape)
     room = _room(job, parallelism, instance, pod_memory_bytes)
     if room is not None:
         estimate = estimate_memory(job.spec, parallelism, shape)
         if estimate.least > room.bytes:
-            yield Problem(room.field, _gib(room.bytes), _too_large(job, estimate, room))
+            yield Problem(room.field, _gib(room.bytes), _too_large(job, parallelism, estimate, room))
+
+
+def _tied_problems(job: FineTuneJob, shape: ModelShape) -> Iterator[Problem]:
+    """Modules that cannot train by themselves, because their weight is another module's too."""
+    lora = job.spec.method.lora
+    if lora is None or not shape.tied:
+        return
+    for where, names in (("targetModules", lora.target_modules), ("modulesToSave", lora.modules_to_save)):
+        tied = [name for name in names if name.rpartition(".")[2] in (*EMBEDDINGS, *OUTPUT_LAYERS)]
+        if tied:
+            yield Problem(
+                f"spec.method.lora.{where}",
+                list(names),
+                f"{where} names {', '.join(tied)}, and the model's embedding and output layer are one matrix (tied "
+                "embeddings): trained in one place only it could not be stored in the base's layout; leave it out, or "
+                "use method.type full, which trains both as one",
+            )
 
 
 def _split_problems(parallelism: Parallelism, shape: ModelShape, instance: InstanceType | None) -> Iterator[Problem]:
@@ -175,13 +193,21 @@ def _room(
     return None
 
 
-def _too_large(job: FineTuneJob, estimate: MemoryEstimate, room: _Room) -> str:
+def _too_large(job: FineTuneJob, parallelism: Parallelism, estimate: MemoryEstimate, room: _Room) -> str:
     changes = [room.remedy]
     if estimate.states <= room.bytes:
         changes.append("lower training.microBatchSize or dataset.maxLength")
+        if not job.spec.training.gradient_checkpointing:
+            changes.append("set training.gradientCheckpointing to true")
     else:
+        on_torch = job.spec.accelerator.type != "neuron"
+        is_sharded = parallelism.strategy == "fsdp"
         if job.spec.method.type == "full":
             changes.append("train an adapter (method.type lora)")
+        elif on_torch and not is_sharded and job.spec.method.quantization != "nf4":
+            changes.append("hold the base in fewer bits (method.quantization nf4)")
+        if on_torch and job.spec.method.quantization == "none" and parallelism.dp_size > 1:
+            changes.append("take more nodes" if is_sharded else "share it between ranks (parallelism.strategy fsdp)")
         if job.spec.training.precision == "fp32":
             changes.append("set training.precision to bf16")
         changes.append("take a smaller model")
