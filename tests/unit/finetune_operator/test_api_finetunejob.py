@@ -137,6 +137,12 @@ AVAILABLE: dict[str, dict[str, Any]] = {
     },
     "a gate": {"evaluate": {"gate": {"maxLossRatioToBase": 0.9}}},
     "rank-stabilised LoRA without packing": {"method": {"lora": {"variant": "rslora"}}, "dataset": {"packing": "none"}},
+    "DoRA on every linear layer, and a module saved whole": {
+        "method": {"lora": {"variant": "dora", "targetModules": ["all-linear"], "modulesToSave": ["lm_head"]}}
+    },
+    "an int8 base": {"method": {"quantization": "int8"}},
+    "full training, written in bf16": {"method": {"type": "full", "lora": None}, "merge": {"precision": "bf16"}},
+    "conversations": {"dataset": {"format": "messages"}},
     "compilation turned off": {"compile": {"enabled": False}},
     "neither merge nor evaluate": {"merge": {"enabled": False}, "evaluate": {"enabled": False}},
     "a queue": {"queue": {"name": "research"}},
@@ -158,10 +164,6 @@ UNAVAILABLE: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["spec.parallelism.tensorParallelSize", "spec.accelerator.type"],
     ),
     "a GPU": ({"accelerator": {"type": "cuda", "instanceType": "ml.g5.12xlarge"}}, ["spec.accelerator.type"]),
-    "full training": ({"method": {"type": "full", "lora": None}}, ["spec.method.type"]),
-    "quantization": ({"method": {"quantization": "int8"}}, ["spec.method.quantization"]),
-    "DoRA": ({"method": {"lora": {"variant": "dora"}}}, ["spec.method.lora.variant"]),
-    "another record format": ({"dataset": {"format": "alpaca"}}, ["spec.dataset.format"]),
     "pipeline parallelism": ({"parallelism": {"pipelineParallelSize": 2}}, ["spec.parallelism.pipelineParallelSize"]),
     "compilation": ({"compile": {}}, ["spec.compile.enabled"]),
     "publishing": ({"publish": {"s3": {"uri": "s3://bucket/a"}}}, ["spec.publish"]),

@@ -22,7 +22,7 @@ MAX_PROMPT_CHARACTERS = 32768
 """Of all of evaluate.prompts. stage.json is an annotation, and Kubernetes takes 256 KiB of them; a character has up to
 6 bytes there."""
 
-CONTEXT_FORMATS = ("dolly", "alpaca")
+CONTEXT_FORMATS = ("dolly", "alpaca", "messages", "sharegpt", "template")
 """Formats whose prompt has a place for a context beside the question."""
 
 ALL_LINEAR = "all-linear"
@@ -314,7 +314,7 @@ RULES: tuple[Rule, ...] = (
         "FineTuneJobSpec",
         "evaluate.prompts",
         "evaluate.prompts has a context, and dataset.format {dataset.format} has no place for one: put it into the "
-        "text, or use format dolly or alpaca",
+        "text, or use one of dolly, alpaca, messages, sharegpt, template",
         f"self.dataset.format in [{', '.join(map(repr, CONTEXT_FORMATS))}] || "
         "!self.evaluate.prompts.exists(prompt, has(prompt.context))",
         lambda spec: spec["dataset"]["format"] in CONTEXT_FORMATS or not _prompts_with_context(spec),

@@ -13,7 +13,6 @@ from types import MappingProxyType
 from finetune_operator.api.problems import Problem
 from finetune_operator.api.spec import FineTuneJobSpec
 
-_AVAILABLE_FORMATS = ("dolly", "samsum", "promptCompletion")
 _NO_GATES: Mapping[str, bool] = MappingProxyType({})
 
 
@@ -36,19 +35,6 @@ def _unavailable(
 ) -> Iterator[tuple[str, str | int, str, str]]:
     """(field, value, what does not have it, remedy) of each."""
     release = "release"
-    if spec.dataset.format not in _AVAILABLE_FORMATS:
-        formats = f"use {', '.join(_AVAILABLE_FORMATS[:-1])} or {_AVAILABLE_FORMATS[-1]}"
-        yield "dataset.format", spec.dataset.format, release, formats
-    if spec.method.type == "full":
-        yield "method.type", spec.method.type, release, "use lora"
-    if spec.method.quantization != "none":
-        yield "method.quantization", spec.method.quantization, release, "use none"
-    if spec.method.lora is not None and "all-linear" in spec.method.lora.target_modules:
-        yield "method.lora.targetModules", "all-linear", release, "name the modules"
-    if spec.method.lora is not None and spec.method.lora.modules_to_save:
-        yield "method.lora.modulesToSave", ", ".join(spec.method.lora.modules_to_save), release, "remove it"
-    if spec.method.lora is not None and spec.method.lora.variant == "dora":
-        yield "method.lora.variant", spec.method.lora.variant, release, "use standard or rslora"
     neuron = features.get("Neuron", False)
     if not (neuron and spec.accelerator.type == "neuron"):
         sizes = spec.parallelism

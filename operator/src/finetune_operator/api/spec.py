@@ -298,7 +298,9 @@ class Merge(Model):
         "own.",
     )
     precision: Literal["base", "bf16", "fp16", "fp32"] = Field(
-        default="base", description="Number format of the merged weights. `base`: each tensor keeps the base model's."
+        default="base",
+        description="Number format of the merged weights, or with method full of consolidate's. `base`: each tensor "
+        "keeps the base model's.",
     )
 
 
@@ -306,11 +308,14 @@ class EvaluationPrompt(Model):
     """A prompt that both models answer."""
 
     text: Annotated[str, Field(min_length=1, max_length=8192)] = Field(
-        description="The instruction, dialogue or prompt, as it stands in a record; the dataset's format is put "
-        "around it."
+        description="The instruction, dialogue, prompt or what the user says, as it stands in a record; the dataset's "
+        "format is put around it. With format template it stands for the prompt's first field."
     )
     context: Annotated[str, Field(min_length=1, max_length=16384)] | None = Field(
-        default=None, description="The record's context, for formats that have one."
+        default=None,
+        description="The record's context, for formats that have a place for one: `dolly` its context, `alpaca` its "
+        "input, `messages` and `sharegpt` a system message, `template` the prompt's second field, or the one called "
+        "context.",
     )
     expected: Annotated[str, Field(min_length=1, max_length=8192)] | None = Field(
         default=None, description="The right answer, shown beside both models' answers and compared with them."

@@ -50,6 +50,12 @@ def fetch_model(source: Source, *, root: Path, trust_remote_code: bool) -> Path:
         check=lambda folder: check_model(source.name, folder),
     )
 
+def fetch_tokenizer(source: Source, folder: Path, *, trust_remote_code: bool) -> None:
+    """Bring what the model at `source` has beside its weights into `folder`; UserError when it has no tokenizer."""
+    files = choose_model_files(source.name, source.list_files().files, trust_remote_code=trust_remote_code)
+    source.fetch([file for file in files if not file.path.endswith((".safetensors", ".index.json"))], folder)
+
+
 
 def choose_model_files(name: str, files: Iterable[SourceFile], *, trust_remote_code: bool) -> list[SourceFile]:
     """The files of `files` that make a model in the hub's layout. Other copies of the weights stay out."""
