@@ -23,7 +23,7 @@ from finetune_trainer.artifacts import new_artifact, read_manifest, verify_artif
 from finetune_trainer.checkpoints import read_checkpoint
 from finetune_trainer.consolidation import write_adapter
 from finetune_trainer.contract import ExitCode, StageConfig
-from finetune_trainer.errors import CorruptArtifact, UserError
+from finetune_trainer.errors import CorruptArtifact
 from finetune_trainer.stages import consolidate
 
 TOKENS = torch.arange(3, 67).reshape(2, 32)
@@ -285,12 +285,6 @@ def test_an_adapter_of_another_base_model_is_refused(
     )
     with pytest.raises(CorruptArtifact, match="do not fit rank 4 and the base's"):
         consolidate.run(config)
-
-
-def test_a_method_that_is_not_there_yet_is_said(make_config: Callable[..., StageConfig]) -> None:
-    config = make_config()
-    with pytest.raises(UserError, match="'full' is not available yet"):
-        consolidate.run(StageConfig(**{**vars(config), "spec": {"method": {"type": "full"}}}))
 
 
 def test_consolidating_and_merging_import_no_model_library() -> None:

@@ -1,17 +1,34 @@
-"""`finetune-trainer <stage> --config PATH`, also `python -m finetune_trainer`. Everything is in stage.py."""
+"""`finetune-trainer <stage> --config PATH`, also `python -m finetune_trainer`: stage.py has all of it.
+
+Commands that people give by hand are modules of their own with a main(argv).
+"""
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 
 from finetune_trainer import stage
-from finetune_trainer.contract import STAGES
+from finetune_trainer.contract import MERGE, PREPARE, STAGES
+
+_COMMANDS = {
+    "merge-adapter": ("finetune_trainer.merge_adapter", MERGE),
+    "preview": ("finetune_trainer.preview", PREPARE),
+}
+"""Module of each command, and the stage whose environment it needs."""
 
 
 def main() -> None:
-    """Run the stage named on the command line and exit with its code. What is set here is set for the whole process."""
+    """Run the stage or command that the command line names and exit with its code.
+
+    What is set here is set for the whole process.
+    """
     signal.signal(signal.SIGTERM, stage.end_terminated)
+    if sys.argv[1:] and sys.argv[1] in _COMMANDS:
+        module, like = _COMMANDS[sys.argv[1]]
+        stage.set_environment(like)
+        sys.exit(importlib.import_module(module).main(sys.argv[2:]))
     stage.set_environment(next((word for word in sys.argv[1:] if word in STAGES), ""))
     sys.exit(stage.main())
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +19,17 @@ from typing import Any
 
 from finetune_trainer.adapters import ADAPTER_CONFIG_NAME
 from finetune_trainer.artifacts import ArtifactWriter, hash_file
-from finetune_trainer.contract import MANIFEST_NAME, digest_of
+from finetune_trainer.contract import digest_of
 from finetune_trainer.errors import RetryableError, StageError
 from finetune_trainer.locks import release_lock, try_lock
-from finetune_trainer.merging import Merged, MergePlan, encode_index, index_of, merge, needs_index
-from finetune_trainer.model_files import CONFIG_NAME, INDEX_NAME, is_companion_file, read_model_config
+from finetune_trainer.merging import Merged, MergePlan, merge
+from finetune_trainer.model_folder import copy_companions, write_index
 from finetune_trainer.shard_rewriting import Listener, WrittenFile
 from finetune_trainer.tensor_edits import Change
 
 _WORK_VERSION = 1
 _KEY_NAME = "inputs.json"
 _LOCK_NAME = "lock"
-_DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -74,17 +73,43 @@ def write_merged_model(
             if listener is not None:
                 listener.wrote(file.size)
         merged = merge(plan, folder, digests, cpus, finished, _recording(listener))
-        copied = _copy_companions(plan, writer)
-        names = [shard.name for shard in plan.shards]
-        if needs_index(plan.base, names):
-            writer.write(INDEX_NAME, encode_index(index_of(merged.files)))
+        untied = plan.match.untied is not None
+        copied = copy_companions(plan.base.folder, writer, dtype=plan.dtype, untied=untied)
+        write_index(plan.base, [file.path for file in merged.files], writer)
         for file in merged.files:
             file.path.rename(writer.folder / file.path.name)
             writer.record(file.path.name, file.size, file.sha256)
         writer.metadata["targets"] = {proof.target.tensor: proof.as_json() for proof in merged.proofs}
-        if plan.match.untied is not None:
+        if untied:
             writer.metadata["untied"] = {"embedding": plan.match.untied, "outputLayer": plan.match.output_layer}
     return WrittenModel(merged, len(finished), copied)
+
+
+def describe_plan(plan: MergePlan, cpus: int) -> str:
+    """What will be done, in a few lines for people."""
+    layout = "the base's shards" if plan.keeps_layout else f"{len(plan.shards)} new shards"
+    dtype = "the base's dtypes" if plan.dtype is None else plan.dtype
+    lines = [
+        f"merging {len(plan.targets)} tensors of the adapter into {len(plan.base.tensors)} tensors of "
+        f"{plan.base.nbytes} bytes, written as {layout} in {dtype}, with at most "
+        f"{plan.memory_bytes(cpus) >> 20} MiB of memory",
+        *(f"note: {remark}" for remark in plan.match.remarks),
+    ]
+    return "\n".join(lines)
+
+
+def describe_merge(result: WrittenModel) -> str:
+    """What was done, in a few lines for people."""
+    metrics = result.metrics()
+    unchanged = [proof.target.tensor for proof in result.merged.proofs if proof.changed == 0]
+    lines = [f"warning: {name} is unchanged, its delta rounds to nothing" for name in unchanged]
+    lines.append(
+        f"wrote {metrics['bytes']} bytes in {metrics['shards']} shards ({result.reused} of them by an earlier attempt) "
+        f"and {result.copied} other files; {metrics['changedValues']} values changed, by at most "
+        f"{metrics['maxDifference']}; {metrics['sampledValues']} values read back from the files equal base plus "
+        "adapter"
+    )
+    return "\n".join(lines)
 
 
 @contextmanager
@@ -189,44 +214,3 @@ def _write_durably(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
-
-
-def _copy_companions(plan: MergePlan, writer: ArtifactWriter) -> int:
-    """Copy configuration and tokenizer files; returns how many. Artifacts share no inodes: one may be deleted alone."""
-    base = plan.base.folder
-    names = sorted(entry.name for entry in base.iterdir() if entry.is_file() and is_companion_file(entry.name))
-    config = _changed_config(plan)
-    copied = 0
-    for name in names:
-        if name == MANIFEST_NAME:
-            continue
-        if name == CONFIG_NAME and config is not None:
-            writer.write(name, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-        else:
-            copy_file(base / name, writer)
-        copied += 1
-    return copied
-
-
-def copy_file(path: Path, writer: ArtifactWriter) -> None:
-    """Copy a file into the artifact under its own name."""
-    with path.open("rb") as source, writer.open(path.name) as target:
-        while chunk := source.read(1 << 20):
-            target.write(chunk)
-
-
-def _changed_config(plan: MergePlan) -> dict[str, Any] | None:
-    """config.json of the merged model where it is not the base's."""
-    changes: dict[str, Any] = {}
-    config = dict(read_model_config(plan.base.folder))
-    if plan.dtype is not None:
-        names: Sequence[str] = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
-        changes |= dict.fromkeys(names, _DTYPE_NAMES[plan.dtype])
-    if plan.match.untied is not None:
-        changes["tie_word_embeddings"] = False
-    if not changes:
-        return None
-    nested = config.get("text_config")
-    if isinstance(nested, dict):
-        config["text_config"] = {**nested, **changes}
-    return config | changes

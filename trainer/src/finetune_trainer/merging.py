@@ -8,7 +8,6 @@ of the adapter's matrices for one tensor.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -30,10 +29,9 @@ from finetune_trainer.adapters import (
 from finetune_trainer.contract import ContractError
 from finetune_trainer.errors import CorruptArtifact, RetryableError, UserError
 from finetune_trainer.model_files import (
-    INDEX_NAME,
-    SINGLE_NAME,
     ModelFiles,
     check_unquantized,
+    group_by_size,
     read_model_config,
     shard_name,
 )
@@ -267,24 +265,6 @@ def merge(
     return Merged(files, tuple(by_tensor[target.tensor] for target in plan.targets))
 
 
-def index_of(files: Sequence[WrittenFile]) -> dict[str, Any]:
-    """The index of the written shards: which file holds which tensor, and the bytes of all tensors."""
-    headers = [read_header(file.path) for file in files]
-    total = sum(header.size - header.data_start for header in headers)
-    names = {name: header.path.name for header in headers for name in header.tensors}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
-
-
-def needs_index(base: ModelFiles, names: Sequence[str]) -> bool:
-    """One file of the plain name needs no index."""
-    return len(names) > 1 or names[0] != SINGLE_NAME or (base.folder / INDEX_NAME).is_file()
-
-
-def encode_index(index: Mapping[str, Any]) -> bytes:
-    """The bytes of model.safetensors.index.json."""
-    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-
-
 def verify_target(base: ModelFiles, file: Header, edit: Edit) -> int:
     """Read the first, middle and last row of a merged tensor back from `file` and compute them again in float64.
 
@@ -369,16 +349,10 @@ def _plan_shards(
         # The output layer has its own name already, with the first component that files of bare models lack or without.
         own = planned(new, base.tensors[match.untied])
         tensors.insert(at + 1, PlannedTensor(new, own.source, own.dtype, own.target))
-    groups: list[list[PlannedTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if groups[-1] and size + tensor.nbytes > max_shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.nbytes
+    groups = group_by_size([tensor.nbytes for tensor in tensors], max_shard_bytes)
     return tuple(
-        PlannedShard(shard_name(number, len(groups)), tuple(group)) for number, group in enumerate(groups, start=1)
+        PlannedShard(shard_name(number, len(groups)), tuple(tensors[at] for at in group))
+        for number, group in enumerate(groups, start=1)
     )
 
 

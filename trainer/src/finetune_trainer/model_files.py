@@ -5,13 +5,13 @@ Consolidation proves an adapter against these headers, merging walks them in ord
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune_trainer.errors import CorruptArtifact, UserError
+from finetune_trainer.json_files import is_plain_path, read_json_file
 from finetune_trainer.safetensors_stream import Header, TensorInfo, read_header, some_names
 
 SINGLE_NAME = "model.safetensors"
@@ -57,7 +57,7 @@ def read_model_files(folder: Path) -> ModelFiles:
         weight_map = None
         names = [SINGLE_NAME]
     elif index_path.is_file():
-        weight_map = _read_weight_map(index_path)
+        weight_map = read_weight_map(index_path)
         names = sorted(set(weight_map.values()))
     else:
         raise UserError(
@@ -101,14 +101,24 @@ def shard_name(number: int, count: int) -> str:
     return SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
+def group_by_size(sizes: Sequence[int], limit: int) -> list[range]:
+    """Runs of numbers whose sizes, in order, fit `limit` together; a larger one is alone."""
+    groups = []
+    begin = total = 0
+    for number, size in enumerate(sizes):
+        if number > begin and total + size > limit:
+            groups.append(range(begin, number))
+            begin, total = number, 0
+        total += size
+    return [*groups, range(begin, len(sizes))]
+
+
 def read_json_object(path: Path, why: str) -> dict[str, Any]:
     """The JSON object in `path`; CorruptArtifact when it is none. `why` says what a missing file is needed for."""
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json_file(path)
     except FileNotFoundError:
         raise CorruptArtifact(f"{path} is missing: {why}") from None
-    except ValueError as error:
-        raise CorruptArtifact(f"{path} is no JSON: {error}") from error
     if not isinstance(value, dict):
         raise CorruptArtifact(f"{path} is no JSON object")
     return value
@@ -119,16 +129,14 @@ def is_companion_file(name: str) -> bool:
     return not (name.startswith(".") or "/" in name or name in _NOT_THE_MODEL or name.endswith(_WEIGHT_SUFFIXES))
 
 
-def _read_weight_map(path: Path) -> Mapping[str, str]:
-    try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptArtifact(f"{path} is no index with a weight_map: {type(error).__name__} {error}") from error
+def read_weight_map(path: Path) -> Mapping[str, str]:
+    """The index at `path`: the file that holds each tensor, all of them beside the index. CorruptArtifact else."""
+    weight_map = read_json_object(path, "it says which file holds which tensor").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptArtifact(f"{path}: its weight_map is no object with entries")
     for tensor, file in weight_map.items():
         # An index comes from outside: a name with a folder in it could point anywhere.
-        if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
+        if not is_plain_path(file) or "/" in file or not file.endswith(".safetensors"):
             raise CorruptArtifact(f"{path}: {tensor!r} is said to be in {file!r}, expected a *.safetensors beside it")
     return weight_map
 

@@ -8,9 +8,7 @@ kept at work while later blocks are computed. Memory is bounded by blocks in fli
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import hashlib
 import os
 import threading
 from collections import deque
@@ -23,20 +21,14 @@ from typing import TypeAlias
 
 from finetune_trainer.errors import CorruptArtifact, RetryableError
 from finetune_trainer.safetensors_stream import TensorReader
+from finetune_trainer.streamed_files import HASH_BACKLOG, BackgroundHash, Flusher
 from finetune_trainer.tensor_edits import Change, Edit
 
 BLOCK_BYTES = 1 << 18
 """What is read, changed, hashed and written at once. It fits a core's cache: blocks of 1 MiB took 2.5 times the
 processor time to copy, blocks of 4 MiB four times."""
 
-_HASH_BACKLOG = 16
-"""Blocks that may wait for a hash; more would only hold memory."""
-_FLUSH_BYTES = 32 << 20
-_FLUSH_BACKLOG = 3
-"""Windows of written bytes that the disk may be behind: what a stop or the final fsync has to wait for."""
-
 _FICLONE = 0x40049409
-_SYNC_FILE_RANGE_WAIT_BEFORE, _SYNC_FILE_RANGE_WRITE, _SYNC_FILE_RANGE_WAIT_AFTER = 1, 2, 4
 
 _View: TypeAlias = "memoryview[int]"
 
@@ -112,7 +104,7 @@ def memory_bytes(cpus: int, streams: int, largest_row: int) -> int:
     """Upper bound of what rewrite() holds in buffers, edits' own data (adapter matrices) not counted."""
     at_once = _streams_at_once(cpus, streams)
     block = max(BLOCK_BYTES, largest_row)
-    buffers = at_once * (max(2, cpus) + 2 * _HASH_BACKLOG + 2) * 2
+    buffers = at_once * (max(2, cpus) + 2 * HASH_BACKLOG + 2) * 2
     # While an edit is at work it has about five float32 copies of a cache's share of its block.
     return buffers * block + max(2, cpus) * 10 * max(block, 1 << 19)
 
@@ -187,84 +179,6 @@ class _Buffers:
         return _Buffer(data, length, self._free)
 
 
-class _Hash:
-    """A sha256 that is computed on a thread of its own, in the order of the updates."""
-
-    def __init__(self, state: hashlib._Hash | None = None) -> None:
-        self._state = state if state is not None else hashlib.sha256()
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash")
-        self._waiting: deque[Future[None]] = deque()
-
-    def update(self, buffer: _Buffer) -> None:
-        """Add the bytes of `buffer`, which the caller shares with this hash."""
-        if len(self._waiting) >= _HASH_BACKLOG:
-            self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(self._add, buffer))
-
-    def _add(self, buffer: _Buffer) -> None:
-        self._state.update(buffer.view)
-        buffer.release()
-
-    def add_now(self, data: bytes) -> None:
-        """Add bytes before the first update."""
-        self._state.update(data)
-
-    def fork(self) -> _Hash:
-        """A hash that goes on from the same beginning."""
-        self._settle()
-        return _Hash(self._state.copy())
-
-    def hexdigest(self) -> str:
-        self._settle()
-        return self._state.hexdigest()
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def _settle(self) -> None:
-        while self._waiting:
-            self._waiting.popleft().result()
-
-
-class _Flusher:
-    """Sends written bytes to the disk on a thread of its own, so that the disk works while later blocks are computed.
-
-    It keeps few of them behind: what is dirty counts as the pod's memory, and a stop has to wait for it.
-    """
-
-    def __init__(self, fileno: int) -> None:
-        self._fileno = fileno
-        self._call = getattr(ctypes.CDLL(None), "sync_file_range", None)
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
-        self._waiting: deque[Future[None]] = deque()
-        self._begin = self._end = 0
-
-    def wrote(self, offset: int, count: int) -> None:
-        if offset != self._end:
-            self._flush()
-            self._begin = offset
-        self._end = offset + count
-        if self._end - self._begin >= _FLUSH_BYTES:
-            self._flush()
-            self._begin = self._end
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def _flush(self) -> None:
-        if self._call is None or self._end == self._begin:
-            return
-        if len(self._waiting) >= _FLUSH_BACKLOG:
-            self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(self._write_back, self._begin, self._end - self._begin))
-
-    def _write_back(self, offset: int, count: int) -> None:
-        # Its outcome does not matter: fsync tells of errors, and a file system may not know the call.
-        flags = _SYNC_FILE_RANGE_WAIT_BEFORE | _SYNC_FILE_RANGE_WRITE | _SYNC_FILE_RANGE_WAIT_AFTER
-        assert self._call is not None
-        self._call(self._fileno, ctypes.c_int64(offset), ctypes.c_int64(count), flags)
-
-
 class _OutputFile:
     """An output being written. Until its first changed byte its hash is the source's, which saves a hash of those."""
 
@@ -277,16 +191,16 @@ class _OutputFile:
         self._size = output.size
         self._stack = stack
         self._file = stack.enter_context(output.path.open("xb", buffering=0))
-        self._flusher = _Flusher(self._file.fileno())
+        self._flusher = Flusher(self._file.fileno())
         stack.callback(self._flusher.close)
         self.cloned = output.clone_of is not None and _clone(output.clone_of, self._file.fileno())
-        self.hash: _Hash | None = None
+        self.hash: BackgroundHash | None = None
         if output.header:
-            self.own_hash(_Hash()).add_now(output.header)
+            self.own_hash(BackgroundHash()).update(output.header)
             self.write(memoryview(output.header), 0)
             self.progress(0, len(output.header))
 
-    def own_hash(self, state: _Hash) -> _Hash:
+    def own_hash(self, state: BackgroundHash) -> BackgroundHash:
         self._stack.callback(state.close)
         self.hash = state
         return state
@@ -375,7 +289,7 @@ def _run_source(
     """Copy one source; returns its sha256, "" where it is neither known nor an output's."""
     pending: deque[tuple[_Block, Future[_Done]]] = deque()
     with TensorReader(source.path) as reader, ExitStack() as stack:
-        digest = _Hash()
+        digest = BackgroundHash()
         stack.callback(digest.close)
         # Blocks that are still at work use the open files: they must end before those are closed.
         stack.callback(_drain, pending)
@@ -390,14 +304,14 @@ def _run_source(
                 output.own_hash(digest.fork())
             if source.sha256 is not None or any(other.hash is None for other in outputs):
                 if not block.again:
-                    digest.update(done.old.share())
+                    _add(digest, done.old)
             else:
                 complete = False
             if output is not None:
                 if block.edit is not None and done.change is not None:
                     output.changes.setdefault(block.edit.name, Change()).add(done.change)
                 if output.hash is not None:
-                    output.hash.update(done.new.share())
+                    _add(output.hash, done.new)
                 output.progress(block.offset, len(done.new.view))
                 listener.wrote(len(done.new.view))
                 if output.left == 0 and output.has_header:
@@ -415,6 +329,11 @@ def _run_source(
         while pending:
             settle()
         return digest.hexdigest() if complete else ""
+
+
+def _add(digest: BackgroundHash, buffer: _Buffer) -> None:
+    buffer.share()
+    digest.update(buffer.view, buffer.release)
 
 
 def _drain(pending: deque[tuple[_Block, Future[_Done]]]) -> None:

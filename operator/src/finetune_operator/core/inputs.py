@@ -86,7 +86,8 @@ def stage_spec(job: FineTuneJob, stage: str) -> dict[str, Any]:
     if stage in GANGS:
         return {"method": spec["method"], "training": spec["training"]}
     if stage == contract.CONSOLIDATE:
-        return {"method": spec["method"]}
+        # After full this stage writes what merge writes after lora.
+        return {"method": spec["method"]} | ({"merge": spec["merge"]} if job.spec.method.type == "full" else {})
     if stage == contract.MERGE:
         return {"method": spec["method"], "merge": spec["merge"]}
     if stage == contract.EVALUATE:
