@@ -1,14 +1,16 @@
 """From dataset files to tokenised documents: reads, formats, encodes and spools, and tells of what cannot be used.
 
-prepare calls collect_documents once. Memory holds one batch of examples and a few numbers a document.
+prepare calls collect_documents once. While the tokenizer's threads encode a batch of examples, this one spools the one
+before and reads the next; memory holds those three and a few numbers a document.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -61,12 +63,12 @@ def collect_documents(
     records, cut = _take_over(spool, rejections, audit)
     listed = len(rejections.problems)
     said = time.monotonic()
-    for batch in _batches(dataset, record_format, rejections, skip=records, most=most):
-        records += len(batch)
+    for batch, documents in _encoded(encoder, _batches(dataset, record_format, skip=records, most=most)):
+        records += batch.records
         cut_before = cut
-        usable = [(place, example) for place, example in batch if example is not None]
-        documents = encoder.encode_examples([example for _, example in usable])
-        for (place, example), document in zip(usable, documents, strict=True):
+        for problem in batch.problems:
+            rejections.add(problem)
+        for place, example, document in zip(batch.places, batch.examples, documents, strict=True):
             if learn_prompt:
                 document = replace(document, learnt=[(1, len(document.tokens))])
             kind, found = _problem_of(document, max_length)
@@ -80,7 +82,7 @@ def collect_documents(
             audit.add(place, key, example, document)
         problems = [vars(problem) for problem in rejections.problems[listed:]]
         listed += len(problems)
-        note = {"records": len(batch), "cut": cut - cut_before, "problems": problems, "audit": audit.take_chunk()}
+        note = {"records": batch.records, "cut": cut - cut_before, "problems": problems, "audit": audit.take_chunk()}
         spool.commit(note)
         if time.monotonic() - said > _PROGRESS_SECONDS:
             said = time.monotonic()
@@ -109,30 +111,53 @@ def _take_over(spool: DocumentSpool, rejections: Rejections, audit: LabelAudit) 
     return records, sum(note["cut"] for note in notes)
 
 
-def _batches(
-    dataset: Path, record_format: RecordFormat, rejections: Rejections, *, skip: int, most: int | None
-) -> Iterator[list[tuple[Problem, Example | None]]]:
-    """Each record's place with its example, or None where it was rejected, from record `skip` on up to `most`.
+@dataclass
+class _Batch:
+    """Some records: the examples of those that have one, with their places, and the problems of the others.
 
     A place is a Problem without `found`.
     """
-    batch: list[tuple[Problem, Example | None]] = []
+
+    places: list[Problem] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def records(self) -> int:
+        return len(self.examples) + len(self.problems)
+
+
+def _encoded(encoder: Encoder, batches: Iterable[_Batch]) -> Iterator[tuple[_Batch, list[Document]]]:
+    """Each batch with its documents. The one after it is encoded meanwhile: the tokenizer needs no interpreter lock."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = None
+        for batch in batches:
+            future = pool.submit(encoder.encode_examples, batch.examples)
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = batch, future
+        if waiting:
+            yield waiting[0], waiting[1].result()
+
+
+def _batches(dataset: Path, record_format: RecordFormat, *, skip: int, most: int | None) -> Iterator[_Batch]:
+    """The records from number `skip` on up to `most`, in batches."""
+    batch = _Batch()
     files = read_manifest(dataset).files
     records = (record for entry in files for record in read_records(dataset / entry.path, entry.path))
     for record in islice(records, skip, most):
         place = Problem(record.file, record.line, field="", found="")
-        example = None
         if isinstance(record, Broken):
-            rejections.add(replace(place, found=record.found, kind=BROKEN))
+            batch.problems.append(replace(place, found=record.found, kind=BROKEN))
         else:
             try:
-                example = record_format.example(record.value)
+                batch.examples.append(record_format.example(record.value))
+                batch.places.append(place)
             except RecordError as error:
-                rejections.add(replace(place, field=error.field, found=error.found, kind=error.kind))
-        batch.append((place, example))
-        if len(batch) == _BATCH:
+                batch.problems.append(replace(place, field=error.field, found=error.found, kind=error.kind))
+        if batch.records == _BATCH:
             yield batch
-            batch = []
+            batch = _Batch()
     yield batch
 
 
