@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 from pathlib import Path
 
 import pyarrow
 import pytest
+from chat_templates import CHATML, chat_tokenizer
 from pyarrow import parquet
 
 from finetune_trainer.errors import UserError
+from finetune_trainer.formats import open_format
 from finetune_trainer.records import Broken, Record, read_records
 
 A, B = {"x": "é"}, {"x": "2"}
@@ -72,10 +76,40 @@ def test_parquet_rows_are_records(tmp_path: Path) -> None:
     ]
 
 
+CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]
+
+
+def test_conversations_come_out_of_every_type_of_file_alike(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """Lists of objects: nested columns of Parquet, in which rows have fields of other rows as null, and JSON in CSV."""
+    other = [{"role": "user", "content": "Why?", "name": "Amy"}, {"role": "assistant", "content": "So."}]
+    parquet.write_table(pyarrow.table({"messages": [CHAT, other]}), tmp_path / "a.parquet")
+    for name, text in {
+        "a.jsonl": "\n".join(json.dumps({"messages": chat}) for chat in (CHAT, other)),
+        "a.json": json.dumps([{"messages": chat} for chat in (CHAT, other)], indent=1),
+    }.items():
+        (tmp_path / name).write_text(text)
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], *([json.dumps(chat)] for chat in (CHAT, other))])
+    record_format = open_format("messages", tokenizer=chat_tokenizer(tiny_tokenizer, CHATML))
+    found = {}
+    for name in ("a.jsonl", "a.json", "a.csv", "a.parquet"):
+        records = list(read_records(tmp_path / name, name))
+        assert all(isinstance(record, Record) for record in records)
+        found[name] = [record_format.example(record.value) for record in records if isinstance(record, Record)]
+    assert found["a.jsonl"] == found["a.json"] == found["a.csv"] == found["a.parquet"]
+    assert [example.spans[-1].text for example in found["a.csv"]] == ["I.<|im_end|>", "So.<|im_end|>"]
+
+
 @pytest.mark.parametrize(
     ("name", "contents", "words"),
     [
         pytest.param("a.json", b'[\n{"x": 1},\n{"x" 2}]', "a.json, line 3, column 6: no JSON", id="a broken array"),
+        pytest.param(
+            "a.json",
+            b'{\n "data": [\n  {"x": 1}\n ]\n}',
+            "is one object (with data), expected an array",
+            id="one object",
+        ),
         pytest.param("a.json", b"[1 2]", "line 1: expected ',' or ']'", id="no comma"),
         pytest.param("a.json", b"[1]\nx", "more text after the array's end", id="text after the array"),
         pytest.param("a.json", b"[\n\xff]", "line 2: no UTF-8", id="an array that is no UTF-8"),

@@ -43,6 +43,15 @@ def choose(*paths: str, split: str = "train", configuration: str | None = None, 
         ),
         pytest.param(["train/a.jsonl", "test/a.jsonl"], {}, ["train/a.jsonl"], id="split by folder"),
         pytest.param(
+            ["data/train_sft-00000-of-00002.parquet", "data/train_gen-00000-of-00001.parquet"],
+            {"split": "train_sft"},
+            ["data/train_sft-00000-of-00002.parquet"],
+            id="a split of its own name",
+        ),
+        pytest.param(
+            ["train.jsonl", "train_extra.jsonl"], {}, ["train.jsonl"], id="the very name before one that has its word"
+        ),
+        pytest.param(
             ["en/train.jsonl", "de/train.jsonl"], {"configuration": "de"}, ["de/train.jsonl"], id="configuration"
         ),
         pytest.param(["a.jsonl", "dataset_infos.json"], {}, ["a.jsonl"], id="descriptions are no records"),
@@ -96,6 +105,18 @@ def test_what_cannot_be_chosen_is_told(paths: list[str], options: dict[str, Any]
         choose(*paths, **options)
     assert caught.value.reason == "DatasetNotUsable"
     assert words in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["test.jsonl", "a.csv", "b.parquet", "c.json"])
+def test_a_source_that_names_a_file_is_that_file(workspace: Path, name: str) -> None:
+    (workspace / "data").mkdir()
+    for file in (name, "other.jsonl"):
+        (workspace / "data" / file).write_text("x\n")
+    source = open_source(
+        f"workspace:///data/{name}", repo_type="dataset", revision=None, token_file=None, workspace=workspace
+    )
+    path = fetch_dataset(source, root=workspace / "datasets", split="train", configuration=None, files=None)
+    assert [entry.path for entry in verify_artifact(path).files] == [name]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from finetune_trainer.errors import UserError
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_BATCH = 1024
 _SPACE = " \t\r\n"
+_SHOWN = 120
+"""Characters of an object's names that a message shows."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def _read_json(path: Path, name: str) -> Iterator[Record | Broken]:
     start = len(text) - len(text.lstrip(_SPACE))
     if not text[start:].startswith("["):
         # The ending .json on a file of lines is common.
+        _check_not_one_object(text, name)
         yield from _read_json_lines(path, name)
         return
     decoder = json.JSONDecoder()
@@ -106,6 +109,24 @@ def _read_json(path: Path, name: str) -> Iterator[Record | Broken]:
             raise UserError("DatasetNotReadable", f"{name}, line {where}: expected ',' or ']' after a record")
     if text[position + 1 :].strip(_SPACE):
         raise UserError("DatasetNotReadable", f"{name}: there is more text after the array's end in line {line}")
+
+
+def _check_not_one_object(text: str, name: str) -> None:
+    """UserError where the file is one object over several lines, so that no line of it is a record."""
+    first, _, rest = text.strip(_SPACE).partition("\n")
+    if not rest:
+        return
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        try:
+            fields = ", ".join(map(str, json.loads(text)))
+        except (ValueError, RecursionError, TypeError):
+            return
+        raise UserError(
+            "DatasetNotReadable",
+            f"{name} is one object (with {fields[:_SHOWN]}), expected an array of records or one record a line",
+        ) from None
 
 
 def _read_csv(path: Path, name: str) -> Iterator[Record | Broken]:

@@ -57,7 +57,7 @@ def choose_dataset_files(
     """The files of one split. `configs` is the list of that name in the dataset card's header, empty without one.
 
     Without it the split is told by file or folder names ("train-00000-of-00002.parquet", "data/train/x.jsonl"); a
-    source whose names tell no split at all is all "train".
+    source whose names tell no split at all is all "train", and so is one that names a file itself.
     """
     files = list(files)
     if configs:
@@ -77,7 +77,10 @@ def choose_dataset_files(
         others = ", ".join(sorted(file.path for file in files)[:5]) or "nothing"
         raise UserError("DatasetNotUsable", f"{name} has no file of type {', '.join(RECORD_SUFFIXES)}; it has {others}")
     splits = {file.path: _split_of(file.path) for file in records}
-    chosen = [file for file in records if splits[file.path] == split]
+    chosen = [file for file in records if _is_named(file.path, split)]
+    chosen = chosen or [file for file in records if splits[file.path] == split]
+    if split == "train" and [file.path for file in files] == [PurePosixPath(name).name]:
+        chosen = records
     if not chosen and split == "train" and not any(splits.values()):
         chosen = records
     if not chosen:
@@ -129,6 +132,13 @@ def _split_of(path: str) -> str:
             if word in _SPLITS:
                 return "validation" if word in ("valid", "val", "dev") else word
     return ""
+
+
+def _is_named(path: str, split: str) -> bool:
+    """True for a file, a shard of one, or a folder that has just the split's name, such as train_sft."""
+    *folders, name = PurePosixPath(path).parts
+    stem = re.sub(r"-\d+-of-\d+$", "", name.split(".", 1)[0])
+    return split in (*folders, stem)
 
 
 def _one_type(name: str, files: list[SourceFile]) -> list[SourceFile]:
