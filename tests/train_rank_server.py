@@ -23,8 +23,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: F401
+import peft.tuners.lora.bnb  # noqa: F401
 import torch._dynamo  # noqa: F401
+import transformers.models.auto.modeling_auto
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 from finetune_trainer import artifacts, checkpoint_writing, training

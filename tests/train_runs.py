@@ -150,7 +150,7 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
         command = [sys.executable, str(Path(__file__).with_name("train_rank_server.py"))]
         self._server = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
@@ -204,9 +204,9 @@ class Ranks:
         return reports
 
     def run_killed(self, config: StageConfig, folder: Path, world_size: int, kill: str) -> None:
-        """Start every rank and wait for the kill, which ends rank 0 by SIGKILL; another may end for lack of it."""
+        """Start every rank and wait for the kill; one that is a moment late ends because it has lost the others."""
         codes = self.wait(self.start(config, folder, world_size, kill=kill))
-        assert codes[0] == -signal.SIGKILL, outputs(folder)
+        assert -signal.SIGKILL in codes, outputs(folder)
         assert set(codes) <= {-signal.SIGKILL, ExitCode.RETRYABLE}, outputs(folder)
 
     def close(self) -> None:

@@ -150,7 +150,7 @@ def test_a_batch_that_does_not_fit_says_so_with_a_remedy(tiny_model: Path) -> No
     backend.build(ModelPlan(tiny_model, FULL, "fp32", weight_decay=0.0, seed=3, keep_masks=False))
     torch.cuda.set_per_process_memory_fraction(0.002)
     try:
-        with pytest.raises(DeviceOutOfMemory, match="lower microBatchSize or maxLength"):
+        with pytest.raises(DeviceOutOfMemory, match="lower training.microBatchSize"):
             backend.micro_step(rows.batch(order), 1.0, 3, last=True)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

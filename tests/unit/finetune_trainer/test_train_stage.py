@@ -43,6 +43,9 @@ def test_arguments_are_read_and_the_identity_leaves_out_what_does_not_change_the
     assert args.identity["data"] == config.inputs["prepare"].digest
     assert "seed" in args.identity["training"]
     assert "checkpointEverySteps" not in args.identity["training"]
+    other = changed(changed(config, "parallelism", "strategy", "fsdp"), "training", "gradientCheckpointing", True)
+    assert (parse_args(other).strategy, parse_args(other).gradient_checkpointing) == ("fsdp", True)
+    assert parse_args(other).identity == args.identity
 
 
 @pytest.mark.parametrize(
@@ -60,6 +63,8 @@ def test_arguments_are_read_and_the_identity_leaves_out_what_does_not_change_the
         ),
         ("parallelism", "dataParallelSize", 2, "dataParallelSize 2 must be numNodes 1 x procsPerNode 1"),
         ("parallelism", "tensorParallelSize", 2, "tensorParallelSize is 2: this trainer has data parallelism only"),
+        ("parallelism", "strategy", "zero", "parallelism.strategy must be one of ddp, fsdp, got 'zero'"),
+        ("training", "gradientCheckpointing", 1, "spec.training.gradientCheckpointing must be true or false, got 1"),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )

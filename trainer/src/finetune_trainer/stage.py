@@ -203,6 +203,8 @@ def set_environment(stage: str) -> None:
         # threads that spin while they wait made training steps 8 times slower where pods share processors
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "true",
+        # peft imports bitsandbytes with every adapter, whose decorators would import torch's whole compiler: seconds
+        "TORCHDYNAMO_DISABLE": "1",
         # its default needs a user name, and user 65532 has none
         "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch) / "torchinductor"),
     }
