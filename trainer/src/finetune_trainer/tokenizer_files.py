@@ -1,16 +1,17 @@
 """Which tokenizer a run was prepared with: the digests of its files, chat template included, and what became of them.
 
-prepare keeps them in data.json; evaluate and merge hold the tokenizers that they meet against it. Standard library
-only.
+prepare keeps them in data.json, and one digest of all in its manifest, which every later artifact takes over; merge and
+evaluate hold the tokenizers that they meet against it. Standard library only.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from finetune_trainer.artifacts import Manifest
+from finetune_trainer.artifacts import Manifest, read_manifest
 from finetune_trainer.contract import digest_of
 from finetune_trainer.errors import UserError
 
@@ -45,4 +46,22 @@ def check_tokenizer(expected: Mapping[str, str], found: Mapping[str, str], whose
             f"{whose} does not have the tokenizer that the data was prepared with: {', '.join(different)} differ "
             f"({name}: sha256 {found.get(name, 'missing')}, expected {expected.get(name, 'none')}): prompts would be "
             "other tokens than in training; run prepare again with this model",
+        )
+
+
+def carried_digests(artifact: Path) -> dict[str, str]:
+    """What frozen_digests gave prepare's artifact, from any artifact made of it; empty where it was made by hand."""
+    metadata = read_manifest(artifact).metadata
+    return {key: metadata[key] for key in (TOKENIZER_KEY, PROMPT_KEY) if key in metadata}
+
+
+def check_base_tokenizer(artifact: Path, model: Path) -> None:
+    """UserError (TokenizerChanged) when the model has another tokenizer than `artifact` was prepared with."""
+    expected = carried_digests(artifact).get(TOKENIZER_KEY)
+    found = digest_of(tokenizer_files(read_manifest(model)))
+    if expected not in (None, found):
+        raise UserError(
+            "TokenizerChanged",
+            f"the base model's tokenizer files have digest {found}, {artifact.name} was prepared with {expected}: the "
+            "result would be served with other prompts than it was trained with; run prepare again with this model",
         )

@@ -27,6 +27,7 @@ from finetune_trainer.merging import DEFAULT_SHARD_BYTES, parse_bytes, parse_pre
 from finetune_trainer.model_files import check_unquantized, read_model_config, read_model_files
 from finetune_trainer.model_folder import copy_companions, write_index
 from finetune_trainer.stage import finished_report, keep_report
+from finetune_trainer.tokenizer_files import carried_digests, check_base_tokenizer
 
 
 def run(config: StageConfig) -> Report:
@@ -40,6 +41,7 @@ def run(config: StageConfig) -> Report:
         "tensors, every shard verified, every tensor covered exactly once",
         flush=True,
     )
+    check_base_tokenizer(train, model)
     is_whole = (config.spec.get("method") or {}).get("type", "lora") == "full"
     with new_artifact(config.output_path, CONSOLIDATE) as writer:
         if is_whole:
@@ -47,6 +49,7 @@ def run(config: StageConfig) -> Report:
         else:
             result = _write_adapter(checkpoint, model, train, writer)
         writer.metadata["step"] = checkpoint.step
+        writer.metadata.update(carried_digests(train))
         metrics = {
             "step": checkpoint.step,
             "shards": checkpoint.world_size,

@@ -14,6 +14,7 @@ from finetune_trainer.merged_model import describe_merge, describe_plan, write_m
 from finetune_trainer.merging import DEFAULT_SHARD_BYTES, parse_bytes, parse_precision, plan_merge
 from finetune_trainer.model_files import read_model_files
 from finetune_trainer.stage import finished_report, keep_report
+from finetune_trainer.tokenizer_files import carried_digests, check_base_tokenizer
 
 
 def run(config: StageConfig) -> Report:
@@ -23,6 +24,7 @@ def run(config: StageConfig) -> Report:
     dtype = parse_precision(settings.get("precision") or "base", "spec.merge.precision")
     model = open_input(config, MODEL_INPUT, contents=False)
     adapter = open_input(config, CONSOLIDATE)
+    check_base_tokenizer(adapter, model)
     digests = {entry.path: entry.sha256 for entry in read_manifest(model).files}
     cpus = available_cpus()
     plan = plan_merge(read_model_files(model), adapter, max_shard_bytes, dtype)
@@ -30,6 +32,7 @@ def run(config: StageConfig) -> Report:
     with new_artifact(config.output_path, MERGE) as writer:
         result = write_merged_model(plan, writer, config.output_path, digests, cpus)
         metrics = {"tensors": sum(len(shard.tensors) for shard in plan.shards), **result.metrics()}
+        writer.metadata.update(carried_digests(adapter))
         keep_report(writer, metrics)
     print(describe_merge(result), flush=True)
     return finished_report(config)
