@@ -163,7 +163,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("contents", "words"),
     [
-        pytest.param(tensor_file()[:-1], "asks for", id="a cut tensor"),
+        pytest.param(tensor_file()[:-1], "has 76 bytes, its header describes 77", id="a cut tensor"),
         pytest.param(b"\xff" * 12, "header of", id="no header"),
         pytest.param(b"", "header of", id="an empty file"),
     ],

@@ -263,7 +263,7 @@ def test_a_hub_that_cannot_be_reached_is_worth_another_try(workspace: Path, monk
         pytest.param({"config.json": b"{}", "model.safetensors": b"x"}, "no tokenizer", id="no tokenizer"),
         pytest.param(
             {"config.json": b"[]", "model.safetensors": b"x", "tokenizer.json": b"{}"},
-            "must hold an object",
+            "config.json is no JSON object",
             id="config is a list",
         ),
         pytest.param(

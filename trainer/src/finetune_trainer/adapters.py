@@ -30,6 +30,9 @@ INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 
 Shape = tuple[int, ...]
 
+_LARGEST = 1e9
+"""Rank and alpha are below it in any adapter; a number that is not, or is none at all, would make every weight NaN."""
+
 _LORA, _DORA, _STORED, _ADDED = "lora", "dora", "stored", "added"
 
 _A_SUFFIXES = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
@@ -404,19 +407,30 @@ def _check_supported(config: Mapping[str, Any]) -> None:
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
         raise CorruptArtifact(f"{ADAPTER_CONFIG_NAME}: modules_to_save is {saved!r}, expected a list of names")
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(field_name) or {}
+        if not isinstance(patterns, dict):
+            raise CorruptArtifact(f"{ADAPTER_CONFIG_NAME}: {field_name} is {patterns!r}, expected an object")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise CorruptArtifact(
+                    f"{ADAPTER_CONFIG_NAME}: {field_name} has {pattern!r}, which is no pattern: {error}"
+                ) from error
 
 
 def _scale(config: Mapping[str, Any], module: str) -> float:
     rank = _rank(config, module)
     alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < _LARGEST:
         raise CorruptArtifact(f"{ADAPTER_CONFIG_NAME}: lora_alpha of {module!r} is {alpha!r}, expected a number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _rank(config: Mapping[str, Any], module: str) -> int:
     rank = _by_pattern(config.get("rank_pattern") or {}, module, config.get("r"))
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank < _LARGEST:
         raise CorruptArtifact(f"{ADAPTER_CONFIG_NAME}: r of {module!r} is {rank!r}, expected a positive integer")
     return rank
 

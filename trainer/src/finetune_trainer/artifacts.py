@@ -12,7 +12,6 @@ This module needs the standard library only and must not know what an artifact i
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -27,12 +26,12 @@ from typing import Any, BinaryIO
 
 from finetune_trainer.contract import CONTRACT_VERSION, MANIFEST_NAME, ArtifactRef, StageConfig, canonical_json
 from finetune_trainer.errors import CorruptArtifact
+from finetune_trainer.json_files import is_count, is_plain_path, parse_json, read_small_file
 from finetune_trainer.locks import release_lock, try_lock
 
 _CHUNK = 1 << 20
 _SAFETENSORS = ".safetensors"
-_MAX_HEADER = 100_000_000
-"""safetensors' own bound on its JSON header, in bytes."""
+_JSON_NAMES = {str: "text", list: "list", dict: "object"}
 
 
 @dataclass(frozen=True)
@@ -153,30 +152,39 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of the folder `path`, not checked against its files; CorruptArtifact when missing or broken."""
     file = path / MANIFEST_NAME
     try:
-        data = file.read_bytes()
+        data = read_small_file(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CorruptArtifact(
             f"{path} has no {MANIFEST_NAME}: the artifact was never completed or was deleted; run its stage again"
         ) from error
+    remedy = f"delete {path} and run its stage again"
     try:
-        value = json.loads(data)
-        if value["contractVersion"] != CONTRACT_VERSION:
-            raise CorruptArtifact(
-                f"{file} has contractVersion {value['contractVersion']!r}, this trainer reads {CONTRACT_VERSION}: "
-                "delete the artifact's folder and run its stage again"
-            )
-        return Manifest(
-            kind=value["kind"],
-            files=tuple(FileEntry(entry["path"], entry["size"], entry["sha256"]) for entry in value["files"]),
-            tensors=value["tensors"],
-            metadata=value["metadata"],
-            versions=value["versions"],
-            digest="sha256:" + hashlib.sha256(data).hexdigest(),
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        value = parse_json(data, MANIFEST_NAME)
+    except CorruptArtifact as error:
+        raise CorruptArtifact(f"{file} is no manifest ({error.message}): {remedy}") from error
+    if not isinstance(value, dict):
+        raise CorruptArtifact(f"{file} is no manifest (no JSON object): {remedy}")
+    if value.get("contractVersion") != CONTRACT_VERSION:
         raise CorruptArtifact(
-            f"{file} is no manifest ({type(error).__name__}: {error}): delete {path} and run its stage again"
-        ) from error
+            f"{file} has contractVersion {value.get('contractVersion')!r}, this trainer reads {CONTRACT_VERSION}: "
+            "delete the artifact's folder and run its stage again"
+        )
+    for name, kind in (("kind", str), ("files", list), ("tensors", dict), ("metadata", dict), ("versions", dict)):
+        if not isinstance(value.get(name), kind):
+            raise CorruptArtifact(f"{file} is no manifest ({name} is no {_JSON_NAMES[kind]}): {remedy}")
+    for number, entry in enumerate(value["files"]):
+        if not _is_file_entry(entry):
+            raise CorruptArtifact(
+                f"{file} is no manifest (files[{number}] has no path below the folder with size and sha256): {remedy}"
+            )
+    return Manifest(
+        kind=value["kind"],
+        files=tuple(FileEntry(entry["path"], entry["size"], entry["sha256"]) for entry in value["files"]),
+        tensors=value["tensors"],
+        metadata=value["metadata"],
+        versions=value["versions"],
+        digest="sha256:" + hashlib.sha256(data).hexdigest(),
+    )
 
 
 def verify_artifact(path: Path, digest: str | None = None, *, contents: bool = True) -> Manifest:
@@ -253,20 +261,20 @@ def hash_file(path: Path, *, sync: bool = False) -> str:
 
 def read_tensor_header(path: Path) -> dict[str, dict[str, Any]]:
     """{name: {"dtype", "shape"}} of a safetensors file; CorruptArtifact when header and file size do not agree."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, _MAX_HEADER):
-                raise ValueError(f"header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if 8 + length + end != size:
-            raise ValueError(f"its header asks for {8 + length + end} bytes, the file has {size}")
-        return {name: {"dtype": entry["dtype"], "shape": entry["shape"]} for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptArtifact(f"{path} is no whole safetensors file: {error}") from error
+    # That module hashes what it writes with this one's HashingFile.
+    from finetune_trainer.safetensors_stream import read_header
+
+    tensors = read_header(path).tensors.values()
+    return {tensor.name: {"dtype": tensor.dtype, "shape": list(tensor.shape)} for tensor in tensors}
+
+
+def _is_file_entry(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and is_plain_path(value.get("path"))
+        and is_count(value.get("size"))
+        and isinstance(value.get("sha256"), str)
+    )
 
 
 def _write_manifest(writer: ArtifactWriter) -> None:

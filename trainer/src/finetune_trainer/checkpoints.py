@@ -27,6 +27,7 @@ from typing import Any
 from finetune_trainer.artifacts import FileEntry, Manifest, hash_file, remove_artifact, verify_artifact
 from finetune_trainer.contract import canonical_json
 from finetune_trainer.errors import CorruptArtifact
+from finetune_trainer.json_files import is_count, parse_json, read_json_file
 from finetune_trainer.safetensors_stream import (
     SafetensorsWriter,
     TensorInfo,
@@ -47,6 +48,7 @@ RANDOM_STATE = "random"
 """Kinds of tensors. A random state belongs to one rank; of the others the ranks hold disjoint slices."""
 
 _METADATA_KEY = "finetune"
+_MOST_RANKS = 1 << 20
 _FOLDER_PATTERN = re.compile(r"step-(\d{8})")
 
 
@@ -242,15 +244,20 @@ def differences(expected: Any, found: Any, where: str = "") -> list[str]:
 def _read_state(path: Path) -> dict[str, Any]:
     file = path / STATE_NAME
     try:
-        state = json.loads(file.read_bytes())
+        state = read_json_file(file)
         version, step, world_size = state["version"], state["step"], state["worldSize"]
         names = state["parameters"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError) as error:
         raise CorruptArtifact(f"{file} is no checkpoint state: {type(error).__name__}: {error}") from error
     if version != FORMAT_VERSION:
         raise CorruptArtifact(f"{file} has version {version!r}, this trainer reads {FORMAT_VERSION}")
-    if not isinstance(step, int) or not isinstance(world_size, int) or not isinstance(names, dict):
+    is_counted = is_count(step) and is_count(world_size) and world_size <= _MOST_RANKS
+    if not is_counted or not isinstance(names, dict):
         raise CorruptArtifact(f"{file}: step {step!r}, worldSize {world_size!r} or its parameters have the wrong type")
+    for name, entry in names.items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if not isinstance(shape, list) or not all(map(is_count, shape)):
+            raise CorruptArtifact(f"{file}: parameter {name!r} has no shape: {entry!r}")
     return dict(state)
 
 
@@ -292,7 +299,7 @@ def _rank_slices(
 ) -> Iterator[tuple[str, str, tuple[int, ...], StoredSlice]]:
     header = read_header(path)
     try:
-        layout = json.loads(header.metadata[_METADATA_KEY])
+        layout = parse_json(header.metadata[_METADATA_KEY], f"{path}: its layout")
         found = (layout["version"], layout["rank"], layout["worldSize"], layout["step"])
         tensors = layout["tensors"]
         wanted = (FORMAT_VERSION, rank, state["worldSize"], state["step"])
@@ -306,6 +313,8 @@ def _rank_slices(
         for key, entry in tensors.items():
             name, kind, shape, offset = entry["name"], entry["kind"], tuple(entry["shape"]), tuple(entry["offset"])
             info = header.tensors[key]
+            if not isinstance(name, str) or not isinstance(kind, str) or not all(map(is_count, (*shape, *offset))):
+                raise CorruptArtifact(f"{path}: {key!r} has no name, kind, shape and offset: {entry!r}")
             if shape and (any(offset[1:]) or info.shape[1:] != shape[1:] or len(offset) != len(shape)):
                 raise CorruptArtifact(f"{path}: {key!r} is no range of dimension 0 of {list(shape)}: offset {offset}")
             start = offset[0] if offset else 0

@@ -5,7 +5,7 @@ Consolidation proves an adapter against these headers, merging walks them in ord
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,15 +84,18 @@ def read_model_config(folder: Path) -> Mapping[str, Any]:
     return read_json_object(folder / CONFIG_NAME, "a model folder needs it beside its weights")
 
 
-def check_unquantized(model: ModelFiles, config: Mapping[str, Any]) -> None:
-    """UserError when config.json or the names of the tensors say that the model's weights are quantised."""
-    names = [name for name in model.tensors if name.endswith(_QUANTIZED_SUFFIXES)]
-    if config.get("quantization_config") or names:
-        found = "its config.json has a quantization_config" if not names else f"it has {some_names(names, limit=2)}"
+def check_unquantized(folder: Path, tensors: Iterable[str] = ()) -> None:
+    """UserError when config.json, or the names of the tensors, say that the weights in `folder` are quantised."""
+    names = [name for name in tensors if name.endswith(_QUANTIZED_SUFFIXES)]
+    settings = read_model_config(folder).get("quantization_config")
+    if settings or names:
+        kind = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+        found = f"it has {some_names(names, limit=2)}" if names else f"quantization_config of config.json says {kind}"
         raise UserError(
             "QuantizedBaseModel",
-            f"{model.folder.name} holds quantised weights ({found}), and a sum would be rounded to them: merge into "
-            "the model that they were made from; an adapter that was trained with method.quantization fits it",
+            f"{folder.name} holds quantised weights ({found}), and nothing trained can be added to rounded weights: "
+            "name the model that they were made from; method.quantization int8 or nf4 trains on it in as little "
+            "memory, and an adapter that was trained so fits it",
         )
 
 

@@ -196,6 +196,7 @@ def _targets(lora: Lora, shape: ModelShape) -> Iterator[tuple[int, int, int]]:
 
 def _block_layers(shape: ModelShape) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of every linear layer of one transformer block, by the layout of the model's family."""
+    names: tuple[str, ...]
     if shape.fused:
         names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     elif shape.has_gated_mlp:

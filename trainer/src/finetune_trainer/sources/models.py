@@ -6,14 +6,13 @@ generation config, licence texts. Weights are never loaded here, and pickled one
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from finetune_trainer.artifacts import read_tensor_header
 from finetune_trainer.errors import CorruptArtifact, UserError
+from finetune_trainer.model_files import read_json_object, read_weight_map
 from finetune_trainer.sources.base import Source, SourceFile
 from finetune_trainer.sources.store import keep_files
 
@@ -50,11 +49,11 @@ def fetch_model(source: Source, *, root: Path, trust_remote_code: bool) -> Path:
         check=lambda folder: check_model(source.name, folder),
     )
 
+
 def fetch_tokenizer(source: Source, folder: Path, *, trust_remote_code: bool) -> None:
     """Bring what the model at `source` has beside its weights into `folder`; UserError when it has no tokenizer."""
     files = choose_model_files(source.name, source.list_files().files, trust_remote_code=trust_remote_code)
     source.fetch([file for file in files if not file.path.endswith((".safetensors", ".index.json"))], folder)
-
 
 
 def choose_model_files(name: str, files: Iterable[SourceFile], *, trust_remote_code: bool) -> list[SourceFile]:
@@ -87,27 +86,30 @@ def choose_model_files(name: str, files: Iterable[SourceFile], *, trust_remote_c
 
 def check_model(name: str, folder: Path) -> None:
     """UserError when config or index is no JSON, a shard that the index names is missing, or a weights file is cut."""
-    _read_object(name, folder / "config.json")
+    _check_object(name, folder / "config.json")
     index = folder / WEIGHTS_INDEX
     if index.is_file():
-        weight_map = _read_object(name, index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError("ModelNotUsable", f"{name}: {WEIGHTS_INDEX} has no weight_map")
-        missing = sorted({shard for shard in weight_map.values() if not (folder / str(shard)).is_file()})
+        try:
+            weight_map = read_weight_map(index)
+        except CorruptArtifact as error:
+            raise _unusable(name, index, error) from error
+        missing = sorted({shard for shard in weight_map.values() if not (folder / shard).is_file()})
         if missing:
             raise UserError("ModelNotUsable", f"{name}: {WEIGHTS_INDEX} names {missing[0]}, which is not there")
     for shard in sorted(folder.glob("*.safetensors")):
         try:
             read_tensor_header(shard)
         except CorruptArtifact as error:
-            raise UserError("ModelNotUsable", f"{name}: {shard.name}: {error.message}") from error
+            raise _unusable(name, shard, error) from error
 
 
-def _read_object(name: str, path: Path) -> dict[str, Any]:
+def _check_object(name: str, path: Path) -> None:
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError("ModelNotUsable", f"{name}: {path.name} is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError("ModelNotUsable", f"{name}: {path.name} must hold an object, got {type(value).__name__}")
-    return value
+        read_json_object(path, "a model folder needs it beside its weights")
+    except CorruptArtifact as error:
+        raise _unusable(name, path, error) from error
+
+
+def _unusable(name: str, path: Path, error: CorruptArtifact) -> UserError:
+    """The error in terms of the source, which has no folder of ours."""
+    return UserError("ModelNotUsable", f"{name}: {error.message.replace(str(path), path.name)}")

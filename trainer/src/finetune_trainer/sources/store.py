@@ -16,6 +16,7 @@ from typing import Any
 from finetune_trainer.artifacts import new_artifact, remove_artifact, verify_artifact
 from finetune_trainer.contract import digest_of
 from finetune_trainer.errors import CorruptArtifact, UserError
+from finetune_trainer.json_files import is_plain_path
 from finetune_trainer.locks import folder_lock
 from finetune_trainer.sources.base import Listing, Source, SourceFile
 
@@ -36,7 +37,7 @@ def keep_files(
     needed. An artifact that is there but damaged is fetched again. Raises what the source and `check` raise.
     """
     for file in files:
-        if any(part in ("", ".", "..") for part in file.path.split("/")):
+        if not is_plain_path(file.path):
             raise UserError("UnsafePath", f"{source.name} lists {file.path!r}, which is no plain relative path")
     identity = digest_of(
         {

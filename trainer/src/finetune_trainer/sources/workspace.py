@@ -45,7 +45,9 @@ class WorkspaceSource:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in names:
                 path = Path(folder) / name
-                files.append(self._describe(self._resolve(path), path.relative_to(self._root).as_posix()))
+                resolved = self._resolve(path)
+                if resolved.is_file():  # no pipe, socket or device, and no link to nothing
+                    files.append(self._describe(resolved, path.relative_to(self._root).as_posix()))
         return Listing(version="", files=tuple(sorted(files, key=lambda file: file.path)))
 
     def read(self, file: SourceFile) -> bytes:
