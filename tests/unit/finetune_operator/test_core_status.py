@@ -139,11 +139,12 @@ def test_progress_follows_what_the_training_posts() -> None:
     simulation.run_stage("prepare")
     simulation.settle()
     simulation.progress = Progress(
-        "train", 1, step=20, total_steps=40, loss=1.5, tokens_per_second=99.5, seconds_left=95
+        "train", 1, step=20, total_steps=40, loss=1.5, tokens_per_second=99.5, seconds_left=95, mfu=0.4123456
     )
     status = simulation.step()
     assert status.training is not None
     assert (status.training.step, status.training.loss, status.eta) == (20, 1.5, "1m35s")
+    assert status.training.mfu == 0.41235
     assert status.progress == "42%"
 
 

@@ -76,6 +76,7 @@ def free_port() -> int:
 def test_a_post_is_kept_as_the_attempts_progress() -> None:
     store = make_store([0.0], [])
     facts = {"step": 3, "totalSteps": 10, "loss": 1.5, "tokensPerSecond": 9, "secondsLeft": 70, "lastCheckpoint": 2}
+    facts |= {"mfu": 0.41, "gradientNorm": 2.5, "hostMemoryBytes": 1 << 30}
     store.keep(SENDER, facts, NOW)
     assert kept(store) == Progress(
         stage="train",
@@ -89,6 +90,7 @@ def test_a_post_is_kept_as_the_attempts_progress() -> None:
         seconds_left=70.0,
         digest="0123456789abcdef",
         advanced_at=NOW,
+        mfu=0.41,
     )
     store.keep(SENDER, {**facts, "step": 4}, NOW + timedelta(seconds=9))
     assert kept(store).checkpoint_time == NOW, "the checkpoint is still the first one"

@@ -105,6 +105,11 @@ def peak_flops(device: str, precision: str) -> float | None:
     return None
 
 
+def utilisation(flops: float, seconds: float, peak: float | None, devices: int) -> float | None:
+    """MFU as a share of 1: `flops` in `seconds` on devices of which each can do `peak` a second; None if not known."""
+    return flops / seconds / (peak * devices) if flops and seconds and peak else None
+
+
 def model_size(model: Any) -> ModelSize | None:
     """The ModelSize of a transformers model, adapted by peft or not; None where it cannot be told.
 

@@ -35,7 +35,7 @@ from finetune_trainer.checkpoints import (
 )
 from finetune_trainer.errors import CorruptArtifact, Interrupted, RetryableError, UserError
 from finetune_trainer.progress import Progress
-from finetune_trainer.throughput import Speed, peak_host_memory
+from finetune_trainer.throughput import Speed, peak_host_memory, utilisation
 from finetune_trainer.training_log import LOG_NAME, TrainingLog, read_losses
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -375,13 +375,12 @@ class _Run:
         """What was measured since the last log line."""
         now, before, backend = self.timings, self.logged, self.backend
         seconds, steps = max(now.step_seconds - before.step_seconds, 1e-9), max(1, now.steps - before.steps)
-        flops, peak = now.flops - before.flops, backend.peak_flops
         return Speed(
             seconds=seconds,
             tokens_per_second=(now.tokens - before.tokens) / seconds,
             step_seconds=seconds / steps,
             data_wait_seconds=(now.data_seconds - before.data_seconds) / steps,
-            mfu=flops / seconds / (peak * backend.world_size) if flops and peak else None,
+            mfu=utilisation(now.flops - before.flops, seconds, backend.peak_flops, backend.world_size),
             host_memory_bytes=peak_host_memory(),
             device_memory_bytes=backend.device_memory(),
         )

@@ -105,6 +105,11 @@ class TrainingStatus(StatusModel):
     tokens_per_second: float | None = Field(
         default=None, ge=0, description="Tokens trained on in a second, all ranks together."
     )
+    mfu: float | None = Field(
+        default=None,
+        ge=0,
+        description="Share of the devices' peak that the model's arithmetic takes; frozen weights need no gradient.",
+    )
     last_checkpoint: Checkpoint | None = Field(default=None, description="The newest complete checkpoint.")
     goodput: float | None = Field(
         default=None,

@@ -49,6 +49,8 @@ class Progress:
     """When what it posts last changed: a step, a checkpoint, a phase."""
     phase: str = ""
     """What it does between steps (loading, saving ...), "" while it trains."""
+    mfu: float | None = None
+    """Share of the devices' peak that the model's arithmetic took, None where model or device is not known."""
 
 
 def whole_second(moment: datetime) -> datetime:
@@ -104,6 +106,7 @@ def derive_training(
             total_steps=_whole_number(metrics.get("totalSteps")),
             loss=_rounded(metrics.get("loss")),
             tokens_per_second=_rounded(metrics.get("tokensPerSecond")),
+            mfu=_rounded(metrics.get("mfu")),
             last_checkpoint=None if step is None else _checkpoint(step, train.success.finished_at, before),
             goodput=derive_goodput(train),
         )
@@ -114,6 +117,7 @@ def derive_training(
             total_steps=progress.total_steps,
             loss=_rounded(progress.loss),
             tokens_per_second=_rounded(progress.tokens_per_second),
+            mfu=_rounded(progress.mfu),
             last_checkpoint=None if step is None else _checkpoint(step, progress.checkpoint_time, before),
         )
     return before if train is not None and train.attempts else None

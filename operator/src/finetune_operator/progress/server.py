@@ -119,6 +119,7 @@ def parse_progress(sender: Sender, facts: Mapping[str, Any]) -> Progress:
         total_steps=int(total),
         loss=_number(facts, "loss", negative=True),
         tokens_per_second=_number(facts, "tokensPerSecond"),
+        mfu=_number(facts, "mfu"),
         checkpoint_step=None if checkpoint is None else int(checkpoint),
         seconds_left=_number(facts, "secondsLeft"),
         digest=sender.digest,

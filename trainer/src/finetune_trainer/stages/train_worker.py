@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_trainer import contract
 from finetune_trainer.artifacts import new_artifact, open_input, read_manifest
@@ -26,6 +26,11 @@ from finetune_trainer.errors import StageError
 from finetune_trainer.stage import failure_report, finished_report, keep_report
 from finetune_trainer.stages.train import report_path, started_path
 from finetune_trainer.stages.train_args import TrainArgs, parse_args
+from finetune_trainer.tokenizer_files import carried_digests
+
+if TYPE_CHECKING:
+    from finetune_trainer.backends import Backend
+    from finetune_trainer.training import Timings
 
 CHECKPOINT_FOLDER = "checkpoint"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -129,6 +134,8 @@ def _run(
             gradient_checkpointing=args.gradient_checkpointing,
         )
     )
+    if backend.rank == 0:
+        print(f"{_count(backend.parameters())} parameters train", flush=True)
     plan = _training_plan(args, rows.max_steps)
     work = work_folder(config)
     start = training.resume(backend, plan, work / training.CHECKPOINTS_FOLDER)
@@ -157,6 +164,7 @@ def _run(
         "checkpointSeconds": round(outcome.timings.checkpoint_seconds, 3),
         "checkpointWritingSeconds": round(outcome.timings.writing_seconds, 3),
     }
+    times.update(_measured(outcome.timings, backend))
     if backend.rank == 0:
         _write_artifact(config, outcome.checkpoint, work / LOG_NAME, backend.adapter_config(_source(model)), metrics)
         report = finished_report(config, times)
@@ -165,6 +173,21 @@ def _run(
     agreed: Report = backend.broadcast(report)
     backend.stop()
     return agreed
+
+
+def _measured(timings: Timings, backend: Backend) -> dict[str, float]:
+    """What the report says of the machine: utilisation, waiting for rows, the most memory of any rank. All ranks."""
+    from finetune_trainer.throughput import peak_host_memory, utilisation
+
+    mfu = utilisation(timings.flops, timings.step_seconds, backend.peak_flops, backend.world_size)
+    memory = backend.gather((peak_host_memory(), backend.device_memory()))
+    found = {
+        "dataWaitSeconds": round(timings.data_seconds, 3),
+        "mfu": None if mfu is None else round(mfu, 5),
+        "hostMemoryBytes": max((host for host, _ in memory if host is not None), default=None),
+        "deviceMemoryBytes": max((device for _, device in memory if device is not None), default=None),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _training_plan(args: TrainArgs, max_steps: int) -> Any:
@@ -222,6 +245,7 @@ def _write_artifact(
         writer.write(log.name, log.read_bytes())
         if adapter_config is not None:
             writer.write(ADAPTER_CONFIG_NAME, adapter_config)
+        writer.metadata.update(carried_digests(config.input_path(contract.PREPARE)))
         keep_report(writer, metrics)
 
 
