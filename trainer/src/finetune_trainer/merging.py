@@ -219,7 +219,7 @@ def plan_merge(
     weights are quantised or of a dtype that nothing can be added to.
     """
     model_config = read_model_config(base.folder)
-    check_unquantized(base, model_config)
+    check_unquantized(base.folder, base.tensors)
     header = read_header(adapter / ADAPTER_WEIGHTS_NAME)
     match = match_adapter(
         read_adapter_config(adapter),

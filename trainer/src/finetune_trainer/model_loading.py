@@ -8,12 +8,13 @@ by layer, by bitsandbytes: the files stay as they are.
 from __future__ import annotations
 
 import importlib.util
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune_trainer.errors import UserError
-from finetune_trainer.model_files import read_model_config
+from finetune_trainer.model_files import check_unquantized
 from finetune_trainer.safetensors_stream import some_names
 
 
@@ -83,19 +84,6 @@ def load_skeleton(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return _loaded(folder, AutoModelForCausalLM.from_config, config, trust_remote_code=trust_remote_code)
 
 
-def check_unquantized(folder: Path) -> None:
-    """UserError when config.json says that the weights in `folder` are quantized."""
-    settings = read_model_config(folder).get("quantization_config")
-    if settings:
-        kind = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise UserError(
-            "QuantizedBaseModel",
-            f"{folder.name}: config.json has a quantization_config ({kind}), so its weights are rounded already and "
-            "nothing trained on them could be merged: name the model they were made from in spec.model.source, and "
-            "set method.quantization to int8 or nf4 to hold it in as little memory",
-        )
-
-
 def _loaded(folder: Path, load: Any, *arguments: Any, **options: Any) -> Any:
     try:
         return load(*arguments, **options)
@@ -124,6 +112,8 @@ def _bitsandbytes(quantization: Quantization, kept: list[str]) -> Any:
             "this release, which has it, or quantization none",
         )
     if quantization.kind == "int8":
+        # It would say at each layer of each pass that LLM.int8 rounds activations from float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -80,7 +80,7 @@ def _write_model(checkpoint: Checkpoint, model: Path, settings: dict[str, Any], 
     max_shard_bytes = parse_bytes(settings.get("maxShardSize") or DEFAULT_SHARD_BYTES, "spec.merge.maxShardSize")
     dtype = parse_precision(settings.get("precision") or "base", "spec.merge.precision")
     base, model_config = read_model_files(model), read_model_config(model)
-    check_unquantized(base, model_config)
+    check_unquantized(model, base.tensors)
     result = write_model(match_model(checkpoint, base, model_config, dtype), base, max_shard_bytes, writer)
     write_index(base, [writer.folder / name for name in result.files], writer)
     copy_companions(model, writer, dtype=dtype)

@@ -34,6 +34,7 @@ from finetune_trainer.contract import (
 from finetune_trainer.documents import Collected, collect_documents
 from finetune_trainer.errors import UserError
 from finetune_trainer.label_audit import AUDIT_FILE
+from finetune_trainer.model_files import check_unquantized
 from finetune_trainer.model_shape import check_length, read_model_shape
 from finetune_trainer.rejections import Rejections
 from finetune_trainer.sources import open_source
@@ -142,6 +143,7 @@ def run(config: StageConfig) -> Report:
         root=workspace / MODELS_FOLDER,
         trust_remote_code=args.trust_remote_code,
     )
+    check_unquantized(model)
     dataset = fetch_dataset(
         open_source(
             args.dataset_source,
