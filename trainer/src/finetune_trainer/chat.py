@@ -50,6 +50,7 @@ class ChatTemplate:
             self.text: str = tokenizer.get_chat_template()
         except ValueError as error:
             raise UserError("ChatTemplateNotUsable", f"the model has several chat templates: {error}") from error
+        self._globals = {**tokenizer.special_tokens_map, "strftime_now": FROZEN_DATE.strftime}
         try:
             self.end_of_turn = self._find_end_of_turn()
         except RecordError as error:
@@ -87,14 +88,12 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Message], tools: Any, *, asks: bool) -> str:
         from jinja2.exceptions import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=asks,
-                strftime_now=FROZEN_DATE.strftime,
+            # What apply_chat_template calls; that looks up every special token anew, which takes as long again.
+            (text,), _ = render_jinja_template(
+                [list(messages)], tools=tools, chat_template=self.text, add_generation_prompt=asks, **self._globals
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise RecordError("", f"the chat template refuses it: {error}", TEMPLATE) from error
