@@ -12,6 +12,7 @@ import pytest
 from chat_templates import CHATML, chat_tokenizer
 from pyarrow import parquet
 
+from finetune_trainer import records
 from finetune_trainer.errors import UserError
 from finetune_trainer.formats import open_format
 from finetune_trainer.records import Broken, Record, read_records
@@ -116,6 +117,8 @@ def test_conversations_come_out_of_every_type_of_file_alike(tiny_tokenizer: Path
         pytest.param("a.json", b"[" * 100_000, "line 1: JSON that cannot be read", id="an array that is too deep"),
         pytest.param("a.csv", b"", "is empty", id="no header"),
         pytest.param("a.csv", b'x\n"a', "line 2: no CSV", id="an open quote"),
+        pytest.param("a.csv", b"yes,yes\nno,no\n", "name its fields, each once, and it has 'yes' twice", id="values"),
+        pytest.param("a.csv", b"x,\n1,2\n", "and it has '' without a name", id="a field without a name"),
         pytest.param("a.parquet", b"PAR1", "no whole Parquet file", id="a cut parquet file"),
         pytest.param("a.parquet", broken_page(), "no whole Parquet file", id="a parquet file with a broken page"),
         pytest.param("a.txt", b"x", "files of type '.txt' cannot be read", id="another type"),
@@ -127,3 +130,12 @@ def test_a_file_that_is_not_of_its_type_is_refused(tmp_path: Path, name: str, co
         list(read_records(tmp_path / name, name))
     assert caught.value.reason == "DatasetNotReadable"
     assert words in caught.value.message
+
+
+def test_a_huge_line_is_one_broken_record_and_never_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 16)
+    (tmp_path / "a.jsonl").write_bytes(b'{"x":"' + b"a" * 100 + b'"}\n{"x":"2"}\n' + b"b" * 50)
+    first, second, third = read_records(tmp_path / "a.jsonl", "a.jsonl")
+    assert first == Broken("a.jsonl", 1, "a line of more than 16 bytes")
+    assert second == Record("a.jsonl", 2, {"x": "2"})
+    assert third == Broken("a.jsonl", 3, "a line of more than 16 bytes")

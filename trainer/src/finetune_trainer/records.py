@@ -16,6 +16,9 @@ from typing import Any
 
 from finetune_trainer.errors import UserError
 
+MAX_RECORD_BYTES = 64 << 20
+"""Of one line or one field. Nothing that fits a training row comes near it, and no file can make a stage hold more."""
+
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_BATCH = 1024
 _SPACE = " \t\r\n"
@@ -60,7 +63,12 @@ def read_records(path: Path, name: str) -> Iterator[Record | Broken]:
 
 def _read_json_lines(path: Path, name: str) -> Iterator[Record | Broken]:
     with path.open("rb") as file:
-        for line, data in enumerate(file, start=1):
+        for line, data in enumerate(iter(lambda: file.readline(MAX_RECORD_BYTES + 1), b""), start=1):
+            if len(data) > MAX_RECORD_BYTES:
+                while data and not data.endswith(b"\n"):
+                    data = file.readline(MAX_RECORD_BYTES)
+                yield Broken(name, line, f"a line of more than {MAX_RECORD_BYTES} bytes")
+                continue
             if line == 1:
                 data = data.removeprefix(_BOM)
             if not data.strip():
@@ -130,7 +138,7 @@ def _check_not_one_object(text: str, name: str) -> None:
 
 
 def _read_csv(path: Path, name: str) -> Iterator[Record | Broken]:
-    csv.field_size_limit(1 << 30)
+    csv.field_size_limit(MAX_RECORD_BYTES)
     with path.open("r", encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, strict=True)
         line = 1
@@ -139,6 +147,13 @@ def _read_csv(path: Path, name: str) -> Iterator[Record | Broken]:
             if header is None:
                 raise UserError(
                     "DatasetNotReadable", f"{name} is empty: a CSV file begins with the names of its fields"
+                )
+            twice = [field for place, field in enumerate(header) if not field.strip() or field in header[:place]]
+            if twice:
+                raise UserError(
+                    "DatasetNotReadable",
+                    f"{name}: the first line of a CSV file has to name its fields, each once, and it has {twice[0]!r} "
+                    f"{'twice' if twice[0].strip() else 'without a name'}: put such a line in front",
                 )
             line = rows.line_num + 1
             for row in rows:

@@ -35,6 +35,12 @@ CHUNK_BYTES = 1 << 18
 
 _LENGTH_BYTES = 8
 _MOST_DIMENSIONS = 64
+_OTHER_FILES: Mapping[bytes, str] = {
+    b"version ": "a pointer of git-lfs and not the file itself: fetch that with `git lfs pull`, or download it again",
+    b"PK\x03\x04": "an archive of torch.save, which can run code when it is read: convert it to safetensors",
+    b"\x80\x02": "a pickle, which can run code when it is read: convert it to safetensors",
+}
+"""How files begin that people take for safetensors."""
 _METADATA_KEY = "__metadata__"
 
 
@@ -105,6 +111,9 @@ def read_header(path: Path) -> Header:
             prefix = file.read(_LENGTH_BYTES)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < _LENGTH_BYTES or length > min(MAX_BYTES, size - _LENGTH_BYTES):
+                for beginning, words in _OTHER_FILES.items():
+                    if prefix.startswith(beginning):
+                        raise CorruptArtifact(f"{path} is {words}")
                 raise _damaged(path, f"a header of {length} bytes is announced in a file of {size} bytes")
             raw = file.read(length)
     except FileNotFoundError:
