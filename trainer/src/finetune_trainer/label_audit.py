@@ -71,7 +71,8 @@ class LabelAudit:
         self._chunk = Counts()
         self._samples: list[tuple[int, int, dict[str, Any]]] = []
         """A heap: the least of those kept in front. (mixed key, number of the document, what is told of it)."""
-        self._new_samples: list[list[Any]] = []
+        self._chosen: list[tuple[int, int, Problem, Example, Document]] = []
+        """The same of the documents since the last chunk: what is to be told of them is made once they are taken."""
 
     def add(self, place: Problem, key: int, example: Example, document: Document) -> None:
         """Note one document; `place` has its file and line, `key` is its hash."""
@@ -85,9 +86,7 @@ class LabelAudit:
         chunk.histogram[max(0, -(-supervised * _BINS // size) - 1)] += 1
         mixed = (key ^ number) * _MIX % 2**64
         if len(self._samples) < _SAMPLES or mixed > self._samples[0][0]:
-            sample = self._describe(place, example, document)
-            self._keep(mixed, number, sample)
-            self._new_samples.append([mixed, number, sample])
+            _keep(self._chosen, (mixed, number, place, example, document))
 
     def refuse(self, kind: str) -> None:
         """Note a document that was refused."""
@@ -95,16 +94,22 @@ class LabelAudit:
 
     def take_chunk(self) -> dict[str, Any]:
         """What came since the last call, as JSON for add_chunk of a later process."""
-        chunk = {"counts": asdict(self._chunk), "samples": self._new_samples}
+        samples = []
+        for mixed, number, place, example, document in sorted(self._chosen, key=lambda chosen: -chosen[0]):
+            if len(self._samples) < _SAMPLES or mixed > self._samples[0][0]:
+                sample = self._describe(place, example, document)
+                _keep(self._samples, (mixed, number, sample))
+                samples.append([mixed, number, sample])
+        chunk = {"counts": asdict(self._chunk), "samples": samples}
         self._counts.add(self._chunk)
-        self._chunk, self._new_samples = Counts(), []
+        self._chunk, self._chosen = Counts(), []
         return chunk
 
     def add_chunk(self, chunk: Mapping[str, Any]) -> None:
         """Take over what take_chunk gave an earlier process."""
         self._counts.add(Counts(**chunk["counts"]))
         for mixed, number, sample in chunk["samples"]:
-            self._keep(mixed, number, sample)
+            _keep(self._samples, (mixed, number, sample))
 
     @property
     def counts(self) -> Counts:
@@ -171,13 +176,6 @@ class LabelAudit:
             )
         return text
 
-    def _keep(self, mixed: int, number: int, sample: dict[str, Any]) -> None:
-        # The numbers differ, so that two samples are never compared.
-        if len(self._samples) < _SAMPLES:
-            heapq.heappush(self._samples, (mixed, number, sample))
-        elif mixed > self._samples[0][0]:
-            heapq.heapreplace(self._samples, (mixed, number, sample))
-
     def _describe(self, place: Problem, example: Example, document: Document) -> dict[str, Any]:
         spans = []
         for first, end, learnt in _runs(document.learnt, len(document.tokens)):
@@ -219,6 +217,14 @@ def compare_offsets(encoder: Encoder, example: Example, document: Document) -> s
         if inside and number > 0 and marks[number] != (inside[0] or learns_all):
             return WRONG
     return SAME
+
+
+def _keep(heap: list[Any], item: tuple[Any, ...]) -> None:
+    """Put `item` on the heap of the greatest; the second of an item tells any two apart, so no third is compared."""
+    if len(heap) < _SAMPLES:
+        heapq.heappush(heap, item)
+    elif item > heap[0]:
+        heapq.heapreplace(heap, item)
 
 
 def _marks(learnt: Sequence[tuple[int, int]], size: int) -> list[bool]:
