@@ -22,7 +22,7 @@ from finetune_trainer.contract import ContractError, ExitCode
 from finetune_trainer.errors import CorruptArtifact, StageError, UserError
 from finetune_trainer.merging import merge, parse_bytes, plan_merge
 from finetune_trainer.model_files import read_model_files
-from finetune_trainer.safetensors_stream import read_header
+from finetune_trainer.safetensors_stream import TensorPlan, encode_header, read_header
 from finetune_trainer.stages import merge as merge_stage
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -441,22 +441,82 @@ from finetune_trainer.merging import merge, plan_merge
 from finetune_trainer.model_files import read_model_files
 def peak():  # of this process alone: getrusage would count what its parent had at the fork
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-base, adapter, output = map(Path, sys.argv[1:])
-before = peak()
-merge(plan_merge(read_model_files(base), adapter), output, {}, 2)
+base, adapter, output = map(Path, sys.argv[1:4])
+plan = plan_merge(read_model_files(base), adapter)
+if output.is_dir():
+    merge(plan, output, {}, 2)
 assert not {"torch", "transformers", "peft"} & set(sys.modules)
-print(before, peak())
+print(peak(), plan.memory_bytes(2), plan.nbytes)
 """
 
 
-def test_a_merge_takes_far_less_memory_than_the_model_and_no_torch(tmp_path: Path) -> None:
+def measured(base: Path, adapter: Path, output: Path) -> list[int]:
+    """Peak memory, planned memory and bytes of the model, of a process that plans and, where `output` is, merges."""
+    command = [sys.executable, "-c", MEASURE, base, adapter, output]
+    environment = {"OPENBLAS_NUM_THREADS": "1", "PATH": ""}
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=60)
+    return [int(word) for word in ran.stdout.split()]
+
+
+def test_a_merge_takes_the_memory_of_its_plan_and_no_torch(tmp_path: Path) -> None:
     tensors = {f"layers.{n}.proj.weight": torch.ones(4096, 4096, dtype=torch.bfloat16) for n in range(6)}
     base, adapter = bare_base(tmp_path, tensors), tmp_path / "adapter"
-    bare_adapter(adapter, "layers.3.proj", torch.ones(8, 4096), torch.ones(4096, 8))
+    bare_adapter(adapter, "layers.3.proj", torch.ones(64, 4096), torch.ones(4096, 64))
     (tmp_path / "merged").mkdir()
-    ran = subprocess.run(
-        [sys.executable, "-c", MEASURE, base, adapter, tmp_path / "merged"], capture_output=True, text=True, check=True
+    peak, planned, model_bytes = measured(base, adapter, tmp_path / "merged")
+    assert peak <= planned < 0.8 * model_bytes
+
+
+def sparse_file(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
+    """A safetensors file with a true header and a hole for its data."""
+    plan = [TensorPlan(name, dtype, shape) for name, shape in shapes.items()]
+    header = encode_header(plan, {"format": "pt"})
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(tensor.nbytes for tensor in plan))
+
+
+def sparse_llama(folder: Path, layers: int, hidden: int, intermediate: int, kv: int, vocabulary: int) -> None:
+    """Headers of a Llama 3 in shards of two layers, and of an adapter of rank 64 on all its linear layers."""
+    base, adapter = folder / "base", folder / "adapter"
+    base.mkdir(parents=True)
+    adapter.mkdir()
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+    shards = [{"model.embed_tokens.weight": (vocabulary, hidden)}, {"lm_head.weight": (vocabulary, hidden)}]
+    pairs: dict[str, tuple[int, ...]] = {}
+    for first in range(0, layers, 2):
+        names = [f"model.layers.{layer}.{name}" for layer in (first, first + 1) for name in shapes]
+        shards.append({f"{name}.weight": shapes[".".join(name.split(".")[3:])] for name in names})
+        for name in names:
+            outputs, inputs = shapes[".".join(name.split(".")[3:])]
+            pairs[f"base_model.model.{name}.lora_A.weight"] = (64, inputs)
+            pairs[f"base_model.model.{name}.lora_B.weight"] = (outputs, 64)
+    weight_map = {}
+    for number, tensors in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        sparse_file(base / name, tensors, "BF16")
+        weight_map |= dict.fromkeys(tensors, name)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}))
+    sparse_file(adapter / "adapter_model.safetensors", pairs, "F32")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 64, "lora_alpha": 64}))
+
+
+def test_a_70b_model_is_planned_from_headers_and_takes_what_a_small_one_takes(tmp_path: Path) -> None:
+    sparse_llama(tmp_path / "70b", layers=80, hidden=8192, intermediate=28672, kv=1024, vocabulary=128256)
+    sparse_llama(tmp_path / "8b", layers=32, hidden=4096, intermediate=14336, kv=1024, vocabulary=128256)
+    peaks, planned, sizes = zip(
+        *(measured(tmp_path / size / "base", tmp_path / size / "adapter", tmp_path / "none") for size in ("70b", "8b")),
+        strict=True,
     )
-    model_bytes = 6 * 4096 * 4096 * 2
-    before, after = map(int, ran.stdout.split())
-    assert after - before < 0.4 * model_bytes
+    assert 140e9 < sizes[0] < 142e9
+    assert peaks[0] < planned[0] < 300 << 20
+    assert planned[0] < 1.5 * planned[1]

@@ -28,7 +28,14 @@ from finetune_trainer.artifacts import ArtifactWriter
 from finetune_trainer.checkpoints import Checkpoint, StoredTensor
 from finetune_trainer.errors import CorruptArtifact, UserError
 from finetune_trainer.model_files import ModelFiles, group_by_size, shard_name
-from finetune_trainer.safetensors_stream import SafetensorsWriter, TensorInfo, TensorPlan, TensorReader, some_names
+from finetune_trainer.safetensors_stream import (
+    ITEM_BYTES,
+    SafetensorsWriter,
+    TensorInfo,
+    TensorPlan,
+    TensorReader,
+    some_names,
+)
 from finetune_trainer.streamed_files import StreamedFile
 from finetune_trainer.tensor_dtypes import FLOAT_DTYPES, encode, round_in_place, to_float32
 
@@ -224,10 +231,13 @@ def _chunks(tensor: ModelTensor, base: ModelFiles) -> Iterator[bytearray | memor
 def _converted(tensor: ModelTensor, chunk: bytearray, dtype: str) -> bytearray | memoryview:
     if dtype not in FLOAT_DTYPES:
         return chunk
-    values = to_float32(chunk, dtype, (-1,))
-    if dtype != tensor.dtype:
+    if dtype == tensor.dtype == "F32":
+        values = np.frombuffer(chunk, dtype="<f4")
+    else:
+        values = to_float32(chunk, dtype, (len(chunk) // ITEM_BYTES[dtype],))
         round_in_place(values, tensor.dtype)
-    if tensor.parameter is not None and not np.isfinite(values).all():
+    # The extremes are infinite, or no numbers, where any value is.
+    if tensor.parameter is not None and len(values) and not np.isfinite((values.min(), values.max())).all():
         raise UserError(
             "WeightsNotFinite",
             f"{tensor.info.name!r} holds values that are infinite or no numbers in {tensor.dtype}: the training "

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
 
-HASH_BACKLOG = 16
+HASH_BACKLOG = 6
 """Pieces that may wait for a hash; more would only hold memory."""
 _FLUSH_BYTES = 32 << 20
 _FLUSH_BACKLOG = 3
