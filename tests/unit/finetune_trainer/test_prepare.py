@@ -332,6 +332,19 @@ def test_conversations_are_learnt_where_the_assistant_speaks(base: Path, monkeyp
     assert data["stopTokenIds"] == [tokenizer.eos_token_id]
 
 
+def test_a_beginning_of_sequence_that_the_tokenizer_adds_again_is_refused(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pain of other trainers: the template has the token, and the tokenizer puts another in front of it."""
+    template = {"prompt": "<s>[INST] {instruction} [/INST]", "completion": " {response}"}
+    report = run(make_config(base, {"format": "template", "template": template}), monkeypatch)
+    assert report["reason"] == "RecordsRejected"
+    assert "(doubleBos 10)" in report["message"]
+    template["prompt"] = template["prompt"].removeprefix("<s>")
+    report = run(make_config(base, {"format": "template", "template": template}), monkeypatch)
+    assert (report["exitCode"], report["metrics"]["doubleBos"]) == (0, 0)
+
+
 def test_a_model_without_a_chat_template_is_told_what_to_do(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_records(base, [{"messages": question(number)} for number in range(9)])
     report = run(make_config(base, {"format": "messages"}), monkeypatch)

@@ -50,7 +50,7 @@ from finetune_trainer.formats import RecordFormat, open_format
 from finetune_trainer.model_files import read_model_config
 from finetune_trainer.stage import finished_report, keep_report
 from finetune_trainer.tokenization import Encoder, load_tokenizer
-from finetune_trainer.tokenizer_files import PROMPT_KEY, check_tokenizer, tokenizer_files
+from finetune_trainer.tokenizer_files import PROMPT_KEY, carried_digests, check_tokenizer, tokenizer_files
 
 EVALUATION_NAME = "evaluation.json"
 DEFAULT_MAX_NEW_TOKENS = 64
@@ -163,6 +163,7 @@ def run(config: StageConfig) -> Report:
     verdict = gate_verdict(args, evaluation)
     with new_artifact(config.output_path, EVALUATE) as writer:
         writer.write(EVALUATION_NAME, (json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n").encode())
+        writer.metadata.update(carried_digests(prepared))
         keep_report(writer, summarize(evaluation), verdict=verdict)
     if verdict is not None:
         print(f"{verdict.reason}: {verdict.message}", flush=True)
