@@ -61,9 +61,9 @@ def write(work: Path, first: int, attempt: int, steps: range, start: float) -> T
 def test_curves_go_on_after_a_kill_without_a_step_doubled_or_missing(tmp_path: Path) -> None:
     folder = tmp_path / TENSORBOARD_FOLDER
     killed = write(tmp_path, 0, 1, range(1, 8), 1000.0)
-    killed.sync()
+    killed.sync_curves()
     again = write(tmp_path, 4, 2, range(5, 7), 2000.0)
-    again.sync()
+    again.sync_curves()
     last = write(tmp_path, 6, 3, range(7, 10), 3000.0)
     last.close()
     assert curve(folder, "train/loss") == [

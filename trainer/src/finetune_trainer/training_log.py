@@ -63,20 +63,21 @@ class TrainingLog:
             file.flush()
         self._curves.write(line["step"], at, {**line, **timing})
         if at - self._synced_at > _CURVES_SECONDS:
-            self._sync_curves()
+            self.sync_curves()
 
-    def sync(self) -> None:
-        """Make the log durable, before a checkpoint that relies on it."""
+    def sync_lines(self) -> None:
+        """Make training.jsonl durable, before a checkpoint that relies on it. Any thread may call it, until close()."""
         os.fsync(self._lines.fileno())
-        self._sync_curves()
 
     def close(self) -> None:
-        self.sync()
+        self.sync_lines()
+        self.sync_curves()
         self._lines.close()
         self._timings.close()
         self._curves.close()
 
-    def _sync_curves(self) -> None:
+    def sync_curves(self) -> None:
+        """Make the curves durable. Of the thread that writes lines only."""
         self._curves.sync()
         self._synced_at = self._clock()
 
