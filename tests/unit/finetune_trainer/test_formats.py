@@ -238,6 +238,13 @@ CHAT = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "co
             id="a field of the template is missing",
         ),
         pytest.param(
+            "template",
+            {"question": "x", "tags": None, "answer": " "},
+            "answer",
+            "is empty: there is no answer",
+            id="no answer",
+        ),
+        pytest.param(
             "promptCompletion",
             {"prompt": "x", "completion": "\ud83d"},
             "completion",
@@ -342,8 +349,10 @@ def test_equal_formats_have_equal_prompt_digests_and_others_do_not(tiny_tokenize
         open_format("alpaca").prompt_digest(),
         open_format("template", template=TEMPLATE).prompt_digest(),
         open_format("template", template={**TEMPLATE, "prompt": "{question}{tags}"}).prompt_digest(),
+        open_format("template", template={**TEMPLATE, "prompt": "{a}{b}{c}"}).prompt_digest(),
+        open_format("template", template={**TEMPLATE, "prompt": "{a} {b}{c}"}).prompt_digest(),
         open_format("messages", tokenizer=chatml).prompt_digest(),
         open_format("messages", tokenizer=chat_tokenizer(tiny_tokenizer, MISTRAL)).prompt_digest(),
     ]
     assert len(set(digests)) == len(digests)
-    assert open_format("messages", tokenizer=chat_tokenizer(tiny_tokenizer, CHATML)).prompt_digest() == digests[4]
+    assert open_format("messages", tokenizer=chat_tokenizer(tiny_tokenizer, CHATML)).prompt_digest() == digests[-2]

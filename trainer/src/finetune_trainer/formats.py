@@ -77,9 +77,14 @@ class RecordFormat(ABC):
         return ""
 
     def prompt_digest(self) -> str:
-        """ "sha256:<hex>" of what the format puts around a question: equal formats give equal prompts."""
+        """ "sha256:<hex>" of what the format puts around a question, its template included."""
         prompts = [self.prompt("\0question", context) for context in (None, "\0context") if self._takes(context)]
-        return digest_of([self.name, self.end_of_turn, *prompts])
+        return digest_of([self.name, self.template, self.end_of_turn, *prompts])
+
+    @property
+    def template(self) -> Any:
+        """The template by which the format writes, as JSON; None where its words are all in this module."""
+        return None
 
     def _takes(self, context: str | None) -> bool:
         try:
@@ -191,6 +196,10 @@ class _Template(RecordFormat):
             self._parts[part] = text
         self._asked = list(dict.fromkeys(template_fields(self._parts["prompt"])))
 
+    @property
+    def template(self) -> Any:
+        return self._parts
+
     def example(self, record: Any) -> Example:
         fields = _object(record)
         return Example.of(*(self._fill(part, fields) for part in ("prompt", "completion")))
@@ -223,6 +232,8 @@ class _Template(RecordFormat):
         if name not in fields:
             raise RecordError(name, f"missing, spec.dataset.template.{part} needs it; the record has {_names(fields)}")
         value = fields[name]
+        if part == "completion" and (value is None or (isinstance(value, str) and not value.strip())):
+            raise RecordError(name, "is empty: there is no answer to learn", EMPTY)
         if value is None:
             return ""
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
@@ -242,6 +253,10 @@ class _Conversations(RecordFormat):
     @property
     def end_of_turn(self) -> str:
         return self._chat.end_of_turn
+
+    @property
+    def template(self) -> Any:
+        return self._chat.text
 
     def example(self, record: Any) -> Example:
         fields = _object(record)
