@@ -33,6 +33,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 NO_DROPOUT: dict[str, Any] = {**METHOD, "lora": {**METHOD["lora"], "dropout": 0.0}}  # type: ignore[dict-item]
 FULL = {"type": "full", "quantization": "none"}
 NF4 = {**NO_DROPOUT, "quantization": "nf4"}
+INT8 = {**NO_DROPOUT, "quantization": "int8"}
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -107,8 +108,8 @@ def test_shares_in_bf16_have_the_gradient_of_copies(
 
 @pytest.mark.parametrize(
     ("method", "precision", "strategy"),
-    [(NO_DROPOUT, "bf16", "ddp"), (FULL, "bf16", "fsdp"), (NF4, "bf16", "ddp")],
-    ids=["lora in bf16", "full in bf16 with shares", "lora on an nf4 base"],
+    [(NO_DROPOUT, "bf16", "ddp"), (FULL, "bf16", "fsdp"), (NF4, "bf16", "ddp"), (INT8, "bf16", "ddp")],
+    ids=["lora in bf16", "full in bf16 with shares", "lora on an nf4 base", "lora on an int8 base"],
 )
 def test_training_lowers_the_loss(
     make_backend: Callable[..., TorchBackend],

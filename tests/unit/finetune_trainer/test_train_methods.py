@@ -101,12 +101,16 @@ def test_the_loss_falls_and_the_checkpoint_holds_what_trains_and_nothing_of_the_
     assert report.metrics["trainableParameters"] == sum(p.numel() for p in trainable_parameters(model).values())
     assert (config.output_path / "adapter_config.json").is_file() == (method["type"] == "lora")
 
-    if method["type"] == "lora":
-        adapter = after(config, "consolidate", {"train": report.artifacts["train"]})
-        merged = after(config, "merge", {"consolidate": artifact_ref(tmp_path, adapter)})
-        tuned = PeftModel.from_pretrained(load_causal_model(models[family], dtype=torch.float32), str(adapter))
-        assert logit_difference(tuned, load_causal_model(merged, dtype=torch.float32)) < 1e-4
-        assert logit_difference(tuned.unload(), load_causal_model(merged, dtype=torch.float32)) > 1e-2
+    base = load_causal_model(models[family], dtype=torch.float32)
+    consolidated = after(config, "consolidate", {"train": report.artifacts["train"]})
+    if method["type"] == "full":
+        assert logit_difference(base, load_causal_model(consolidated, dtype=torch.float32)) > 1e-2
+        return
+    merged = load_causal_model(
+        after(config, "merge", {"consolidate": artifact_ref(tmp_path, consolidated)}), dtype=torch.float32
+    )
+    assert logit_difference(base, merged) > 1e-2
+    assert logit_difference(PeftModel.from_pretrained(base, str(consolidated)), merged) < 1e-4
 
 
 @pytest.mark.parametrize(("family", "quantization"), [("bloom", "int8"), ("llama", "nf4")])
