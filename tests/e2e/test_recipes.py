@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from team import ROOT, TRAINING, Team, failed, make_sources, stage, succeeded, tiny_job
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 
 PLUS_ONE = [(f"What is the number after {i}?", f"It is {i + 1}.") for i in range(40)]
 CHATS = [
@@ -131,7 +131,7 @@ def test_every_method_and_format_goes_from_records_to_a_better_model(team: Team)
         for name in group:
             team.apply(tiny_job(team, name, **RECIPES[name]))
         for name in group:
-            job = team.wait(name, succeeded, 400, f"{name} to succeed", unless=failed)
+            job = team.wait(name, succeeded, 600, f"{name} to succeed", unless=failed)
             check(team, name, job)
 
 
