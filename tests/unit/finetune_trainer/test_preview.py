@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -88,6 +89,24 @@ def test_neither_weights_nor_more_records_than_asked_for_are_read(job: Any) -> N
     assert text.count("--- train.jsonl") == 2
     assert "cannot be used" not in text
     assert not (manifest.parent / "finetune").exists()
+
+
+def test_of_a_hub_only_the_tokenizer_and_the_dataset_are_fetched(
+    job: Any, hub_server_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = job([chat("Who?", "I.")], source="hf://org/data")
+    folder = manifest.parent
+    manifest.write_text(manifest.read_text().replace("workspace:///base", "hf://org/base"))
+    with hub_server_module.Hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        for name in ("base", "data"):
+            files = {path.name: path.read_bytes() for path in (folder / name).iterdir()}
+            hub.repos[f"org/{name}"] = hub_server_module.Repo(files)
+        text = show(manifest, io.StringIO())
+        asked = {path.rsplit("/", 1)[-1] for _, path, _ in hub.requests}
+    assert "⟦ I.</s>⟧" in text
+    assert {"tokenizer.json", "tokenizer_config.json", "config.json", "train.jsonl"} <= asked
+    assert not any(name.endswith(".safetensors") for name in asked)
 
 
 @pytest.mark.parametrize(

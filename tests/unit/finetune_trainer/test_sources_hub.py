@@ -315,3 +315,39 @@ def test_a_dataset_is_chosen_by_its_card(hub: Any, hub_server_module: ModuleType
         files=None,
     )
     assert [entry.path for entry in verify_artifact(path).files] == ["data/tr-0.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("configuration", "split", "expected"),
+    [
+        pytest.param("chats", "train_sft", ["chats/train_sft-0.parquet", "chats/train_sft-1.parquet"], id="several"),
+        pytest.param("chats", "test_sft", ["chats/test.parquet"], id="another split"),
+        pytest.param("plain", "train", ["plain.csv"], id="another configuration"),
+    ],
+)
+def test_configuration_and_split_choose_among_those_of_the_card(
+    hub: Any, hub_server_module: ModuleType, workspace: Path, configuration: str, split: str, expected: list[str]
+) -> None:
+    card = """---
+configs:
+- config_name: chats
+  data_files:
+  - split: train_sft
+    path: chats/train_sft-*
+  - split: test_sft
+    path: chats/test.parquet
+- config_name: plain
+  data_files: plain.csv
+---
+"""
+    names = ("chats/train_sft-1.parquet", "chats/train_sft-0.parquet", "chats/test.parquet", "plain.csv")
+    files = {name: name.encode() for name in names}
+    hub.repos["org/data"] = hub_server_module.Repo({"README.md": card.encode(), **files})
+    path = fetch_dataset(
+        source(workspace, "hf://org/data", repo_type="dataset"),
+        root=workspace / "datasets",
+        split=split,
+        configuration=configuration,
+        files=None,
+    )
+    assert [entry.path for entry in verify_artifact(path).files] == expected

@@ -105,6 +105,19 @@ def test_one_object_is_a_dataset(s3: Any, workspace: Path) -> None:
     assert [entry.path for entry in verify_artifact(path).files] == ["records.jsonl"]
 
 
+def test_a_prefix_is_a_dataset_of_many_files_in_splits(s3: Any, workspace: Path) -> None:
+    for name in ("train/1.parquet", "train/0.parquet", "test/0.parquet", "README.md"):
+        s3.put_object(Bucket="models", Key=f"chats/{name}", Body=b"x")
+    path = fetch_dataset(
+        source(workspace, "s3://models/chats/"),
+        root=workspace / "datasets",
+        split="train",
+        configuration=None,
+        files=None,
+    )
+    assert [entry.path for entry in verify_artifact(path).files] == ["train/0.parquet", "train/1.parquet"]
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "reason"),
     [
