@@ -180,6 +180,25 @@ def test_longer_rows_on_neuron_must_be_multiples_of_2048_before_anything_else_is
     assert problems(gpu(dataset={"maxLength": 5000}), None, G5) == {}
 
 
+@pytest.mark.parametrize(
+    ("template", "prompt", "words"),
+    [
+        pytest.param("{a} {a}", {"text": "x"}, None, id="one field, twice"),
+        pytest.param("{context}: {a}", {"text": "x", "context": "y"}, None, id="two fields"),
+        pytest.param("{a} {b} {c}", {"text": "x"}, "has 3 fields (a, b, c), and gives 1", id="three fields"),
+        pytest.param("{a}", {"text": "x", "context": "y"}, "has 1 fields (a), and gives 2", id="a context too many"),
+        pytest.param("{{a}}", {"text": "x"}, "has 0 fields (none), and gives 1", id="no field"),
+    ],
+)
+def test_a_prompt_that_does_not_fill_the_template_is_refused_before_training(
+    template: str, prompt: dict[str, str], words: str | None
+) -> None:
+    dataset = {"format": "template", "template": {"prompt": template, "completion": "{z}"}}
+    found = problems(make_job(dataset=dataset, evaluate={"prompts": [prompt]}), None, None)
+    assert list(found) == ([] if words is None else ["spec.evaluate.prompts[0]"])
+    assert words is None or words in found["spec.evaluate.prompts[0]"]
+
+
 def test_a_model_whose_weights_exceed_the_device_is_refused_with_the_parts() -> None:
     job = gpu(training={"precision": "fp32"}, dataset={"maxLength": 64})
     message = problems(job, LLAMA_8B, G5)["spec.accelerator.instanceType"]

@@ -1,10 +1,10 @@
 """Preflight: what can be known to go wrong before any pod is started, with the numbers.
 
-check_spec holds the spec against the model's sizes and the instance; what it finds is refused. It is called as soon as
-the sizes are known: before prepare for models of the table, before compile and train for all others. check_cluster
-holds the stages against claim, quotas and queue; those change without the spec, so what it finds is waited for: with
-reason QuotaExceedsMax where the request is above what can ever be given, QuotaExceeded where others use it now. Pure:
-the facts are parsed here from objects that surroundings.py reads.
+check_spec holds the spec against the model's sizes and the instance, and prompts against the template; what it finds is
+refused. It is called as soon as the sizes are known: before prepare for models of the table, before compile and train
+for all others. check_cluster holds the stages against claim, quotas and queue; those change without the spec, so what
+it finds is waited for: with reason QuotaExceedsMax where the request is above what can ever be given, QuotaExceeded
+where others use it now. Pure: the facts are parsed here from objects that surroundings.py reads.
 
 Not looked at beforehand: what a LimitRange or an admission webhook adds to a pod, and policies. What those refuse is
 told by the Job controller's event (silence.py).
@@ -26,7 +26,7 @@ from finetune_operator.core.memory import EMBEDDINGS, GIB, OUTPUT_LAYERS, Memory
 from finetune_operator.core.model_shapes import ModelShape
 from finetune_operator.core.parallelism import MAX_SPLIT, Parallelism
 from finetune_operator.core.quantities import format_quantity, parse_quantities
-from finetune_trainer.spec_rules import nearest_sizes
+from finetune_trainer.spec_rules import nearest_sizes, template_fields
 
 Raw = Mapping[str, Any]
 
@@ -102,6 +102,7 @@ def _spec_problems(
             f"maxLength above {FLASH_TOKENS} must be a multiple of {FLASH_TOKENS} on Neuron, where the flash attention "
             f"kernel takes no other length, is {length}: use {low} or {low + FLASH_TOKENS}",
         )
+    yield from _prompt_problems(job)
     if shape is None:
         return
     yield from _split_problems(parallelism, shape, instance)
@@ -127,6 +128,23 @@ def _tied_problems(job: FineTuneJob, shape: ModelShape) -> Iterator[Problem]:
                 f"{where} names {', '.join(tied)}, and the model's embedding and output layer are one matrix (tied "
                 "embeddings): trained in one place only it could not be stored in the base's layout; leave it out, or "
                 "use method.type full, which trains both as one",
+            )
+
+
+def _prompt_problems(job: FineTuneJob) -> Iterator[Problem]:
+    """Evaluation's prompts that do not fill the dataset's template: known before a training is paid for."""
+    template, evaluate = job.spec.dataset.template, job.spec.evaluate
+    if template is None or not evaluate.enabled:
+        return
+    names = list(dict.fromkeys(template_fields(template.prompt)))
+    for number, prompt in enumerate(evaluate.prompts):
+        given = 1 if prompt.context is None else 2
+        if given != len(names):
+            yield Problem(
+                f"spec.evaluate.prompts[{number}]",
+                given,
+                f"must fill dataset.template.prompt, which has {len(names)} fields ({', '.join(names) or 'none'}), and "
+                f"gives {given}: text stands for the first field, context for the second or the one called context",
             )
 
 
