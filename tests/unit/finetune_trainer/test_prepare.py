@@ -459,6 +459,17 @@ def test_an_empty_dataset_is_a_user_error(base: Path, monkeypatch: pytest.Monkey
     assert run(make_config(base), monkeypatch)["reason"] == "NoDocuments"
 
 
+def test_a_base_whose_weights_are_quantized_is_refused_before_its_data_is_fetched(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = base / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "gptq"}}))
+    report = run(make_config(base), monkeypatch)
+    assert (report["exitCode"], report["reason"]) == (ExitCode.USER_ERROR, "QuantizedBaseModel")
+    assert "quantization_config of config.json says gptq" in report["message"]
+    assert not (base / "finetune" / "datasets").exists()
+
+
 def test_a_tokenizer_of_another_model_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = json.loads((base / "base" / "config.json").read_text()) | {"vocab_size": 50}
     (base / "base" / "config.json").write_text(json.dumps(config))

@@ -73,7 +73,9 @@ def logit_difference(one: Any, other: Any) -> float:
 @pytest.mark.parametrize(
     ("family", "method", "precision"),
     [
-        pytest.param("llama", lora(variant="dora", modulesToSave=["norm"]), "bf16", id="Llama, DoRA, a saved module"),
+        pytest.param(
+            "llama", lora(variant="dora", modulesToSave=["lm_head", "norm"]), "bf16", id="Llama, DoRA, a saved module"
+        ),
         pytest.param("llama", lora("int8"), "bf16", id="Llama, int8"),
         pytest.param("llama", FULL, "bf16", id="Llama, full"),
         pytest.param("bloom", lora(variant="rslora"), "fp32", id="BLOOM, rsLoRA"),
