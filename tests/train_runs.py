@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from finetune_trainer import contract
 from finetune_trainer.artifacts import artifact_ref, new_artifact
+from finetune_trainer.checkpoints import FIRST_MOMENT, read_checkpoint
 from finetune_trainer.contract import ExitCode, Report, StageConfig
 
 ROW_LENGTH = 24
@@ -134,6 +135,19 @@ def train_config(
         workspace=str(workspace),
         rendezvous=rendezvous,
     )
+
+
+ONE_STEP = {**TRAINING, "maxSteps": 1, "maxGradNorm": 0}
+"""A run of one step without clipping: gradient_of_one_step reads its gradient."""
+
+
+def gradient_of_one_step(artifact: Path) -> np.ndarray:
+    """The gradient of a run with ONE_STEP, all parameters in turn: its checkpoint has a tenth of it as first moment."""
+    checkpoint = read_checkpoint(artifact / "checkpoint")
+    moments = [
+        checkpoint.read_rows(FIRST_MOMENT, name, 0, stored.shape[0]) for name, stored in checkpoint.parameters().items()
+    ]
+    return 10 * np.frombuffer(b"".join(moments), dtype=np.float32)
 
 
 def free_port() -> int:

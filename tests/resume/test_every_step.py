@@ -15,9 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_model as tiny_model_source
-from train_runs import METHOD, Ranks, outputs, read_reports, train_config
+from train_runs import METHOD, ONE_STEP, Ranks, gradient_of_one_step, outputs, read_reports, train_config
 
 from finetune_trainer.contract import ExitCode, StageConfig
 
@@ -26,7 +27,8 @@ pytestmark = pytest.mark.timeout(600)
 STEPS = 8
 EVERY = 3
 TRAINING = {"maxSteps": STEPS, "checkpointEverySteps": EVERY, "logEverySteps": 2}
-METHODS: dict[str, dict[str, Any]] = {"lora": METHOD, "full": {"type": "full", "quantization": "none"}}
+FULL = {"type": "full", "quantization": "none"}
+METHODS: dict[str, dict[str, Any]] = {"lora": METHOD, "full": FULL, "one step": FULL}
 SAVED = [step for step in range(1, STEPS + 1) if step % EVERY == 0 or step == STEPS]
 KILLS = [
     *(f"step:{step}" for step in range(1, STEPS + 1)),
@@ -73,7 +75,7 @@ def config_for(space: Path, tiny_model: Path) -> Config:
             rendezvous="here:1",
             packed=True,
             output=f"finetune/jobs/n/j/{name}",
-            training=TRAINING,
+            training=ONE_STEP if method == "one step" else TRAINING,
             method=METHODS[method],
         )
 
@@ -164,3 +166,16 @@ def test_another_world_goes_on_with_the_same_batches(
     assert [line["step"] for line in found] == [line["step"] for line in whole]
     for line, expected in zip(found, whole, strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("nodes", "strategy"), WORLDS[1:], ids=str)
+def test_the_gradient_is_the_same_however_many_ranks_share_a_batch(
+    space: Path, config_for: Config, uninterrupted: Callable[[str, int, str], str], nodes: int, strategy: str
+) -> None:
+    for world in ((1, "ddp"), (nodes, strategy)):
+        uninterrupted("one step", *world)
+    alone, shared = (
+        gradient_of_one_step(config_for(f"whole-one step-{n}-{s}", "one step", n, s).output_path)
+        for n, s in ((1, "ddp"), (nodes, strategy))
+    )
+    assert float(np.linalg.norm(shared - alone) / np.linalg.norm(alone)) <= 1e-6

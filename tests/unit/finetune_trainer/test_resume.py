@@ -14,10 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import train_runs
-from train_runs import Ranks, outputs, read_reports, train_config, wait_until
+from train_runs import (
+    ONE_STEP,
+    Ranks,
+    gradient_of_one_step,
+    outputs,
+    read_reports,
+    train_config,
+    wait_until,
+)
 
 from finetune_trainer.artifacts import read_manifest
-from finetune_trainer.checkpoints import FIRST_MOMENT, read_checkpoint
 from finetune_trainer.contract import ExitCode, StageConfig
 
 pytestmark = pytest.mark.timeout(300)  # the first test pays for the imports of a process that ranks are forked from
@@ -192,7 +199,6 @@ def test_the_gradient_is_the_same_however_ranks_share_a_batch(
 def first_gradient(
     ranks: Ranks, space: Path, tiny_model: Path, nodes: int, strategy: str, micro_batch_size: int
 ) -> np.ndarray:
-    """The gradient of the first step: a tenth of it is what its checkpoint has as first moment, without clipping."""
     name = f"gradient-{nodes}-{strategy}-{micro_batch_size}"
     lora = {**train_runs.METHOD["lora"], "dropout": 0.0}  # type: ignore[dict-item]
     config = config_for(
@@ -203,16 +209,12 @@ def first_gradient(
         strategy=strategy,
         micro_batch_size=micro_batch_size,
         method={**train_runs.METHOD, "lora": lora},
-        training={**LONG, "maxSteps": 1, "maxGradNorm": 0},
+        training=ONE_STEP,
     )
     if not config.output_path.exists():
         reports = ranks.run(config, space / name, nodes)
         assert reports[0].exit_code == ExitCode.SUCCESS, outputs(space / name)
-    checkpoint = read_checkpoint(config.output_path / "checkpoint")
-    moments = [
-        checkpoint.read_rows(FIRST_MOMENT, name, 0, stored.shape[0]) for name, stored in checkpoint.parameters().items()
-    ]
-    return 10 * np.frombuffer(b"".join(moments), dtype=np.float32)
+    return gradient_of_one_step(config.output_path)
 
 
 def test_a_checkpoint_of_another_job_is_refused_with_each_field_that_differs(
