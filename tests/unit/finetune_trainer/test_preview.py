@@ -15,6 +15,7 @@ from chat_templates import MISTRAL
 
 from finetune_trainer import preview
 from finetune_trainer.contract import ExitCode
+from finetune_trainer.errors import UserError
 
 
 class Terminal(io.StringIO):
@@ -61,7 +62,7 @@ def show(manifest: Path, out: io.StringIO, **options: Any) -> str:
 
 
 def test_what_is_learnt_is_marked_and_records_that_cannot_be_used_are_listed(job: Any) -> None:
-    manifest = job([chat("Who?", "I."), "{", chat("Where?", " "), chat("Why?", "So.")])
+    manifest = job([chat("Who?", "I."), "{", chat("Where?", " "), chat("Why?", "So.")], maxRejectedPercent=50)
     text = show(manifest, io.StringIO())
     assert "--- train.jsonl, line 1: " in text
     assert "<s>[INST] Who? [/INST]⟦ I.</s>⟧\n" in text
@@ -71,6 +72,14 @@ def test_what_is_learnt_is_marked_and_records_that_cannot_be_used_are_listed(job
     assert "train.jsonl, line 2: no JSON" in text
     assert "train.jsonl, line 3, field 'messages[1].content': is empty" in text
     assert "\x1b" not in text
+
+
+def test_more_wrong_records_than_allowed_are_told_as_prepare_would(job: Any) -> None:
+    manifest = job([chat("Who?", "I."), "{", chat("Where?", " "), chat("Why?", "So.")], maxRejectedPercent=49)
+    out = io.StringIO()
+    with pytest.raises(UserError, match="2 of 4 records cannot be used, maxRejectedPercent is 49"):
+        show(manifest, out)
+    assert "⟦ I.</s>⟧" in out.getvalue()
 
 
 def test_a_terminal_gets_colours_and_nothing_of_the_data_drives_it(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def run(
     """Print `samples` documents of the first `records` records, and their audit, to `out`.
 
     `workspace` is the folder that workspace:/// means, `token_file` holds the hub's token. UserError when the manifest,
-    a source or the labels are wrong; records that cannot be used are listed.
+    a source or the labels are wrong, or more records than maxRejectedPercent cannot be used: what would end prepare.
     """
     spec = read_spec(manifest)
     model, dataset, training = spec["model"], spec["dataset"], spec["training"]
@@ -109,6 +109,9 @@ def run(
                 )
     _show(read, samples, out, _Paint(out))
     read.audit.check()
+    allowed = Rejections(dataset["maxRejectedPercent"])
+    allowed.problems = read.rejections.problems
+    allowed.check(read.records)
     return read
 
 
