@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,30 @@ def test_the_loss_is_the_mean_over_supervised_tokens_that_transformers_computes(
             labels=torch.from_numpy(rows.labels[numbers]).long(),
         ).loss
     assert loss == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+def test_only_supervised_positions_pass_the_output_layer(
+    tiny_model: Path, tiny_model_module: ModuleType, tmp_path: Path, architecture: str
+) -> None:
+    folder = tiny_model if architecture == "llama" else tiny_model_module.write_tiny_bloom(tmp_path / "bloom")
+    rows = open_rows(write_prepared(tmp_path / "p", steps=1, global_batch_size=4), 4)
+    backend = TorchBackend("cpu")
+    backend.build(ModelPlan(folder=folder, method=FULL, precision="fp32", weight_decay=0.0, seed=3, keep_masks=False))
+    layer, seen = backend._model.get_output_embeddings(), []
+    layer.register_forward_hook(lambda _layer, inputs, logits: seen.append((inputs[0].shape, logits.shape)))
+    supervised = rows.counts(0).supervised
+    backend.micro_step(rows.batch(rows.rows_of(0)), 1.0 / supervised, 0, last=True)
+    vocabulary, hidden = layer.weight.shape
+    assert seen == [((supervised, hidden), (supervised, vocabulary))]
+    numbers = rows.rows_of(0)
+    with torch.no_grad():
+        expected = transformers.AutoModelForCausalLM.from_pretrained(folder)(
+            input_ids=torch.from_numpy(rows.input_ids[numbers]).long(),
+            attention_mask=torch.from_numpy((rows.segment_ids[numbers] != 0).astype(np.int64)),
+            labels=torch.from_numpy(rows.labels[numbers]).long(),
+        ).loss
+    assert backend.reduce([0.0])[0] == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_rows_are_cut_into_the_same_chunks_for_every_number_of_ranks(rows: PreparedRows) -> None:

@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from peft import PeftModel
@@ -149,9 +150,8 @@ class TorchBackend:
         self._autocast = plan.precision == "bf16"
         self._keep_masks = plan.keep_masks
         self._document_masks = DocumentMasks(base)
-        arguments = inspect.signature(base.forward).parameters
-        self._keeps_logits = "logits_to_keep" in arguments
-        self._takes_positions = "position_ids" in arguments
+        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+        self._output = _OutputLayer(base.get_output_embeddings())
         self._named = methods.trainable_parameters(self._model)
         if self.world_size > 1 and not self._sharded:
             with self._collective("sharing the start"):
@@ -180,19 +180,17 @@ class TorchBackend:
     # ---- one step
 
     def micro_step(self, batch: MicroBatch, scale: float, seed: int, *, last: bool) -> None:
-        positions = (batch.targets != IGNORED).any(axis=0).nonzero()[0]
-        if not len(positions):  # nothing supervised here: the loss and its gradient are zero
+        supervised = batch.targets != IGNORED
+        if not supervised.any():  # the loss and its gradient are zero
             if not self._strategy.runs_every_micro_step:
                 return
-            positions = np.zeros(1, dtype=np.int64)
+            supervised[0, 0] = True  # its target is still to be ignored
         with self._collective("a micro step") if self._sharded else self._guard("a micro step"):
             self._strategy.begin_micro_step(last=last)
             torch.manual_seed(seed)
-            logits = self._logits(batch, positions)
-            targets = torch.from_numpy(batch.targets[:, positions]).long().to(self.device)
-            loss = scale * functional.cross_entropy(
-                logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-            )
+            logits = self._logits(batch, supervised)
+            targets = torch.from_numpy(batch.targets[supervised]).long().to(self.device)
+            loss = scale * functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
             loss.backward()  # type: ignore[no-untyped-call]
             self._strategy.tail[0] += loss.detach()
 
@@ -225,6 +223,7 @@ class TorchBackend:
         row = slice(0, 1)
         inside = batch.segment_ids[0] == document
         columns = inside.nonzero()[0]
+        of_document = inside[None, :]
         alone = MicroBatch(
             batch.input_ids[row, columns],
             batch.targets[row, columns],
@@ -237,11 +236,10 @@ class TorchBackend:
         packed = MicroBatch(batch.input_ids[row], batch.targets[row], batch.position_ids[row], batch.segment_ids[row])
         try:
             with torch.no_grad(), methods.deterministic(self._model), self._guard("the packing probe"):
-                expected = self._logits(packed, columns).float()
+                expected = self._logits(packed, of_document).float()
                 largest = float(expected.abs().max())
-                everything = alone.input_ids.shape[1]
-                by_itself = self._logits(alone, torch.arange(everything).numpy()).float()
-                neighbours = self._logits(changed, columns).float()
+                by_itself = self._logits(alone, np.ones_like(alone.input_ids, dtype=bool)).float()
+                neighbours = self._logits(changed, of_document).float()
                 return (
                     float((by_itself - expected).abs().max()) / largest,
                     float((neighbours - expected).abs().max()) / largest,
@@ -340,8 +338,8 @@ class TorchBackend:
 
         return LocalSlice(name, kind, dtype, shape, offset, tuple(part.shape), data)
 
-    def _logits(self, batch: MicroBatch, positions: Any) -> torch.Tensor:
-        """(m, len(positions), vocabulary), in the model's dtype. Only these positions pass the output layer."""
+    def _logits(self, batch: MicroBatch, wanted: npt.NDArray[np.bool_]) -> torch.Tensor:
+        """(n, vocabulary) of the n `wanted` positions, a mask of (m, s), row by row; in the model's dtype."""
         arguments: dict[str, Any] = {
             "input_ids": torch.from_numpy(batch.input_ids).long().to(self.device),
             "use_cache": False,
@@ -353,12 +351,10 @@ class TorchBackend:
             arguments["attention_mask"] = self._document_masks(segments)
             if self._takes_positions:
                 arguments["position_ids"] = torch.from_numpy(batch.position_ids).long().to(self.device)
-        columns = torch.from_numpy(positions).to(self.device)
-        if self._keeps_logits:
-            arguments["logits_to_keep"] = columns
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+        index = torch.from_numpy(np.flatnonzero(wanted)).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast), self._output.only(index):
             logits: torch.Tensor = self._model(**arguments).logits
-        return logits if self._keeps_logits else logits[:, columns]
+        return logits if logits.dim() == 2 else logits.flatten(0, 1).index_select(0, index)
 
     @staticmethod
     def _decays(name: str, parameter: torch.Tensor) -> bool:
@@ -407,6 +403,33 @@ class TorchBackend:
             f"rank {self.rank} of {self.world_size} lost {known} during {doing} ({_first_line(text)[:200]}): "
             "look at the other pods for the cause; the next attempt goes on from the last checkpoint"
         )
+
+
+class _OutputLayer:
+    """Has a model's output layer see single positions: with a large vocabulary it is much of the time and the memory.
+
+    transformers' own logits_to_keep takes the same columns of every row, and not every architecture has it. Where the
+    layer is not called as usual, the model gives all logits, as without this.
+    """
+
+    def __init__(self, layer: torch.nn.Module | None) -> None:
+        self._index: torch.Tensor | None = None
+        if layer is not None:
+            layer.register_forward_pre_hook(self._select)
+
+    @contextmanager
+    def only(self, index: torch.Tensor) -> Iterator[None]:
+        """While this lasts, hidden states (m, s, h) become (n, h): those at `index` of the m x s positions."""
+        self._index = index
+        try:
+            yield
+        finally:
+            self._index = None
+
+    def _select(self, _layer: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._index is None or not inputs or inputs[0].dim() != 3:
+            return None
+        return (inputs[0].flatten(0, 1).index_select(0, self._index), *inputs[1:])
 
 
 @dataclass(frozen=True)
