@@ -82,7 +82,7 @@ def test_every_answer_is_learnt_with_its_end_and_nothing_else(
 contents = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(str.strip)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(said=st.lists(contents, min_size=2, max_size=6).filter(lambda said: len(said) % 2 == 0))
 def test_each_answer_is_asked_for_as_it_will_be_served(tiny_chat: Any, said: list[str]) -> None:
     """Pains of other trainers: masks that miss the answer, and prompts that are rendered otherwise when serving."""

@@ -134,6 +134,28 @@ def formats(chatml: Any) -> dict[str, RecordFormat]:
             id="messages as JSON in a cell of CSV",
         ),
         pytest.param(
+            "messages",
+            {
+                "messages": [
+                    {"role": "user", "content": "Who?"},
+                    {"role": "assistant", "content": None, "tool_calls": [{"name": "ask"}]},
+                    {"role": "tool", "content": "Amy"},
+                    {"role": "assistant", "content": "Amy."},
+                ],
+                "tools": '[{"type": "function", "function": {"name": "ask"}}]',
+            },
+            Example(
+                (
+                    read("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"),
+                    learnt("<|im_end|>"),
+                    read("\n<|im_start|>tool\nAmy<|im_end|>\n<|im_start|>assistant\n"),
+                    learnt("Amy.<|im_end|>"),
+                ),
+                rendered=True,
+            ),
+            id="a call of a tool without words",
+        ),
+        pytest.param(
             "sharegpt",
             {
                 "conversations": [

@@ -268,7 +268,7 @@ class _Conversations(RecordFormat):
         if answers[0] == 0:
             raise RecordError(key, "begins with the assistant: a message of the user must stand before it")
         kept = messages[: answers[-1] + 1]
-        spans = self._chat.render_spans(kept, fields.get("tools") or None)
+        spans = self._chat.render_spans(kept, _decoded(fields.get("tools")) or None)
         return Example(tuple(spans), rendered=True, cut=len(messages) - len(kept))
 
     def prompt(self, text: str, context: str | None = None) -> str:
