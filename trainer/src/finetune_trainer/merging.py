@@ -55,6 +55,7 @@ from finetune_trainer.shard_rewriting import (
     WrittenFile,
     memory_bytes,
     rewrite,
+    streams_at_once,
 )
 from finetune_trainer.tensor_dtypes import FLOAT_DTYPES, Floats, rounding_step, to_float32
 from finetune_trainer.tensor_edits import Change, Edit, Product, column_factor
@@ -139,7 +140,7 @@ class MergePlan:
         largest_row = max((_row_bytes(tensor) for tensor in edited), default=0)
         matrices = max((self._matrix_bytes(target) for target in self.targets), default=0)
         planned = len(self.base.tensors) + len(self.adapter.tensors)
-        at_once = max(1, min(streams, cpus // 2))
+        at_once = streams_at_once(cpus, streams)
         return (
             PROCESS_BYTES
             + planned * _TENSOR_BYTES

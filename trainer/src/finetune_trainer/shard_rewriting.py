@@ -30,6 +30,9 @@ PIECE_BYTES = 1 << 18
 """What of a block is read, changed and written at once. It stays in a core's own cache: pieces of 1 MiB took 2.5 times
 the processor time to copy, pieces of 4 MiB four times."""
 
+_MOST_WORKERS = 8
+"""Threads at most: four shards side by side are hashed at 6 GB/s, and 128 processors would only take memory."""
+
 _FICLONE = 0x40049409
 
 _View: TypeAlias = "memoryview[int]"
@@ -104,15 +107,15 @@ class Listener:
 
 def memory_bytes(cpus: int, streams: int, largest_row: int) -> int:
     """Upper bound of what rewrite() holds in buffers, edits' own data (adapter matrices) not counted."""
-    at_once = _streams_at_once(cpus, streams)
+    at_once, workers = streams_at_once(cpus, streams), _workers(cpus)
     block = max(BLOCK_BYTES, largest_row)
-    buffers = at_once * 2 * (max(2, cpus) + HASH_BACKLOG + 2)
+    buffers = 2 * (at_once * (HASH_BACKLOG + 2) + _in_flight(cpus, streams) * at_once)
     # While an edit is at work it has about five float32 copies of a cache's share of its block.
-    return buffers * block + max(2, cpus) * 10 * max(block, 1 << 19)
+    return buffers * block + workers * 10 * max(PIECE_BYTES, 2 * largest_row)
 
 
 def rewrite(streams: Sequence[Stream], cpus: int, listener: Listener | None = None) -> list[WrittenFile]:
-    """Run the streams with about `cpus` threads at work; returns the written files in the streams' order.
+    """Run the streams with up to `cpus` threads at work; returns the written files in the streams' order.
 
     An exception in this thread, as a signal's handler raises it, or in a stream ends all of it within the time of a few
     blocks and leaves unfinished outputs behind. CorruptArtifact when a source does not have the sha256 that it should.
@@ -120,10 +123,11 @@ def rewrite(streams: Sequence[Stream], cpus: int, listener: Listener | None = No
     stop = threading.Event()
     listener = listener or Listener()
     with (
-        ThreadPoolExecutor(max_workers=max(2, cpus), thread_name_prefix="block") as blocks,
-        ThreadPoolExecutor(max_workers=_streams_at_once(cpus, len(streams)), thread_name_prefix="shard") as shards,
+        ThreadPoolExecutor(max_workers=_workers(cpus), thread_name_prefix="block") as blocks,
+        ThreadPoolExecutor(max_workers=streams_at_once(cpus, len(streams)), thread_name_prefix="shard") as shards,
     ):
-        running = [shards.submit(_run_stream, stream, blocks, max(2, cpus), listener, stop) for stream in streams]
+        in_flight = _in_flight(cpus, len(streams))
+        running = [shards.submit(_run_stream, stream, blocks, in_flight, listener, stop) for stream in streams]
         try:
             wait(running, return_when=FIRST_EXCEPTION)
             failed = [error for future in running if future.done() and (error := future.exception())]
@@ -136,8 +140,18 @@ def rewrite(streams: Sequence[Stream], cpus: int, listener: Listener | None = No
                 future.cancel()
 
 
-def _streams_at_once(cpus: int, streams: int) -> int:
-    return max(1, min(streams, cpus // 2))
+def streams_at_once(cpus: int, streams: int) -> int:
+    """How many outputs are written side by side."""
+    return max(1, min(streams, _workers(cpus) // 2))
+
+
+def _workers(cpus: int) -> int:
+    return max(2, min(cpus, _MOST_WORKERS))
+
+
+def _in_flight(cpus: int, streams: int) -> int:
+    """Blocks of a stream that are read, changed or written at once."""
+    return max(2, _workers(cpus) // streams_at_once(cpus, streams))
 
 
 class _Buffer:

@@ -114,12 +114,14 @@ class Edit:
     def compute(self, before: Floats, first_row: int) -> tuple[Floats, float]:
         """The exact values of the rows from `first_row` on, in float32 as a new array, and the squares of the delta."""
         last_row = first_row + len(before)
-        after = before.copy() if self.stored is None else self.stored(first_row, last_row)
+        stored = None if self.stored is None else self.stored(first_row, last_row)
         squares = 0.0
         if self.product is not None:
             delta = self.product.rows(first_row, last_row)
             squares = float(np.vdot(delta, delta))
-            after = np.add(after, delta, out=delta)
+            after = np.add(before if stored is None else stored, delta, out=delta)
+        else:
+            after = before.copy() if stored is None else stored
         if self.addend is not None:
             after += self.addend[first_row:last_row, None]
         if self.magnitude is not None:
