@@ -1,15 +1,16 @@
 """From dataset files to tokenised documents: reads, formats, encodes and spools, and tells of what cannot be used.
 
-prepare calls collect_documents once. While the tokenizer's threads encode a batch of examples, this one spools the one
-before and reads the next; memory holds those three and a few numbers a document.
+prepare calls collect_documents once. While the tokenizer's threads encode some batches of examples, this one spools the
+batch before and reads the next; memory holds those and a few numbers a document.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,8 @@ from finetune_trainer.tokenization import Document, Encoder
 
 _BATCH = 1000
 """Examples encoded at once: enough for the tokenizer's threads, little memory."""
+_AHEAD = 1
+"""Batches that are encoded while another is spooled. More were no faster on two cores."""
 _PROGRESS_SECONDS = 5.0
 
 
@@ -118,26 +121,23 @@ class _Batch:
     A place is a Problem without `found`.
     """
 
+    records: int = 0
     places: list[Problem] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
-    @property
-    def records(self) -> int:
-        return len(self.examples) + len(self.problems)
-
 
 def _encoded(encoder: Encoder, batches: Iterable[_Batch]) -> Iterator[tuple[_Batch, list[Document]]]:
-    """Each batch with its documents. The one after it is encoded meanwhile: the tokenizer needs no interpreter lock."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = None
+    """Each batch with its documents. Those after it are encoded meanwhile: tokenizers needs no interpreter lock."""
+    with ThreadPoolExecutor(max_workers=_AHEAD) as pool:
+        waiting: deque[tuple[_Batch, Future[list[Document]]]] = deque()
         for batch in batches:
-            future = pool.submit(encoder.encode_examples, batch.examples)
-            if waiting:
-                yield waiting[0], waiting[1].result()
-            waiting = batch, future
-        if waiting:
-            yield waiting[0], waiting[1].result()
+            waiting.append((batch, pool.submit(encoder.encode_examples, batch.examples)))
+            if len(waiting) > _AHEAD:
+                done, documents = waiting.popleft()
+                yield done, documents.result()
+        for done, documents in waiting:
+            yield done, documents.result()
 
 
 def _batches(dataset: Path, record_format: RecordFormat, *, skip: int, most: int | None) -> Iterator[_Batch]:
@@ -146,6 +146,7 @@ def _batches(dataset: Path, record_format: RecordFormat, *, skip: int, most: int
     files = read_manifest(dataset).files
     records = (record for entry in files for record in read_records(dataset / entry.path, entry.path))
     for record in islice(records, skip, most):
+        batch.records += 1
         place = Problem(record.file, record.line, field="", found="")
         if isinstance(record, Broken):
             batch.problems.append(replace(place, found=record.found, kind=BROKEN))
