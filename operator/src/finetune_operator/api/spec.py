@@ -100,7 +100,8 @@ class Dataset(Model):
         default=2048,
         ge=16,
         le=131072,
-        description="Length of a training row, in tokens. A longer record is rejected.",
+        description="Length of a training row, in tokens. A longer record is rejected, but with packing wrapped, which "
+        "cuts it.",
     )
     packing: Packing = Field(
         default="bestFit",
