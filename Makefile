@@ -98,9 +98,9 @@ verify: generate golden ## Regenerate everything and fail when that changes a tr
 requirements: setup ## Resolve requirements/*.in again (upgrades within the pins)
 	@./hack/requirements.sh
 
-.PHONY: bench
-bench: setup ## Benchmarks side by side with what the field uses; they print ratios
-	@for f in bench/*.py; do echo "== $$f"; $(PY) $$f; done
+.PHONY: bench-handoff
+bench-handoff: setup ## From one stage's end to the next stage's pod, for a job that ran before (BENCH_ARGS: --namespace, --job)
+	@$(CLUSTER_ENV); $(PY) bench/handoff.py $(BENCH_ARGS)
 
 .PHONY: bench-operator
 bench-operator: setup cluster-up ## 1,000 FineTuneJobs on fake nodes, against a bare client that creates the same Jobs (BENCH_ARGS)
