@@ -128,10 +128,12 @@ def test_a_truncated_shard_is_named_and_refused(team: Team) -> None:
     make_sources(team)
     hold = {"finetune-operator.io/e2e-hold": team.namespace}
     team.apply(tiny_job(team, "cut", stages={"consolidate": {"nodeSelector": hold}}))
-    team.wait("cut", lambda job: stage(job, "train").get("state") == "Succeeded", 240, "training to end", unless=failed)
+    job = team.wait(
+        "cut", lambda job: stage(job, "train").get("state") == "Succeeded", 240, "training to end", unless=failed
+    )
     [shard] = team.list_files(f"finetune/jobs/{team.namespace}/cut/train-*/checkpoint/rank-00001.safetensors")
     team.toolbox(f"import os; p = '/workspace/{shard}'; os.chmod(p, 0o644); os.truncate(p, os.path.getsize(p) - 64)")
-    [node, *_] = [item["metadata"]["name"] for item in kube.items("nodes")]
+    [node, *_] = stage(job, "train")["nodes"]
     [(key, value)] = hold.items()
     kube.kubectl("label", "node", node, f"{key}={value}", "--overwrite")
     try:
