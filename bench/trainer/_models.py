@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,3 +111,29 @@ def run(command: Sequence[str | Path]) -> Taken:
         raise SystemExit(f"{command[:2]} ended with {process.returncode}")
     peak = int(printed[-1]) / 1024 if printed else 0.0
     return Taken(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, peak)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of each contender: median seconds, median processor seconds, and the most memory in MB (not of cp)."""
+
+    seconds: Mapping[str, float]
+    processor: Mapping[str, float]
+    memory: Mapping[str, float]
+
+
+def alternate(contenders: Mapping[str, Sequence[str | Path]], rounds: int, output: Path) -> Figures:
+    """Run every contender once a round, by turns; each leaves the folder `output`, which is removed after it."""
+    runs: dict[str, list[Taken]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name, command in contenders.items():
+            taken = run(command)
+            runs[name].append(taken)
+            shutil.rmtree(output)
+            os.sync()
+            print(f"round {number + 1} {name}: {taken}", flush=True)
+    return Figures(
+        {name: statistics.median(taken.seconds for taken in some) for name, some in runs.items()},
+        {name: statistics.median(taken.processor for taken in some) for name, some in runs.items()},
+        {name: max(taken.peak_mb for taken in some) for name, some in runs.items() if name != "cp"},
+    )

@@ -15,14 +15,13 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _models import PEAK, Taken, layers_of, model_plan, run, write_model
+from _models import PEAK, alternate, layers_of, model_plan, write_model
 
 from finetune_trainer.artifacts import artifact_ref, new_artifact
 from finetune_trainer.checkpoints import LocalSlice, slice_bounds, write_rank_file
@@ -115,17 +114,8 @@ def measure(workspace: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "stage": [sys.executable, "-c", STAGE + PEAK, *paths],
         "load": [sys.executable, "-c", LOAD + PEAK, *paths],
     }
-    runs: dict[str, list[Taken]] = {name: [] for name in contenders}
-    for number in range(arguments.rounds):
-        for name, command in contenders.items():
-            taken = run(command)
-            runs[name].append(taken)
-            shutil.rmtree(output)
-            os.sync()
-            print(f"round {number + 1} {name}: {taken}", flush=True)
-    seconds = {name: statistics.median(taken.seconds for taken in some) for name, some in runs.items()}
-    processor = {name: statistics.median(taken.processor for taken in some) for name, some in runs.items()}
-    memory = {name: max(taken.peak_mb for taken in some) for name, some in runs.items() if name != "cp"}
+    found = alternate(contenders, arguments.rounds, output)
+    seconds, processor, memory = found.seconds, found.processor, found.memory
     return {
         "consolidate_gigabytes": round(size / 1e9, 3),
         "consolidate_seconds": {name: round(value, 2) for name, value in seconds.items()},

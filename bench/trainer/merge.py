@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _models import LAYER_SHAPES, PEAK, Taken, layers_of, run, write_model
+from _models import LAYER_SHAPES, PEAK, alternate, layers_of, run, write_model
 
 from finetune_trainer.safetensors_stream import SafetensorsWriter, TensorPlan
 
@@ -103,17 +101,8 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if not arguments.no_peft:
         contenders["peft"] = [sys.executable, "-c", PEFT + PEAK, *paths]
-    runs: dict[str, list[Taken]] = {name: [] for name in contenders}
-    for number in range(arguments.rounds):
-        for name, command in contenders.items():
-            taken = run(command)
-            runs[name].append(taken)
-            shutil.rmtree(output)
-            os.sync()
-            print(f"round {number + 1} {name}: {taken}", flush=True)
-    seconds = {name: statistics.median(taken.seconds for taken in some) for name, some in runs.items()}
-    processor = {name: statistics.median(taken.processor for taken in some) for name, some in runs.items()}
-    memory = {name: max(taken.peak_mb for taken in some) for name, some in runs.items() if name != "cp"}
+    found = alternate(contenders, arguments.rounds, output)
+    seconds, processor, memory = found.seconds, found.processor, found.memory
     result: dict[str, Any] = {
         "merge_gigabytes": round(size / 1e9, 3),
         "merge_modules": arguments.modules,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,6 @@ FULL = {"type": "full", "quantization": "none"}
 def lora(quantization: str = "none", **changes: Any) -> dict[str, Any]:
     settings = {"rank": 8, "alpha": 64, "dropout": 0.1, "targetModules": ["all-linear"], "variant": "standard"}
     return {"type": "lora", "quantization": quantization, "lora": {**settings, **changes}}
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    server = Ranks()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
