@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import kube
+from reports import report_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIM = "workspace"
@@ -99,13 +100,14 @@ def training_pods(team: Team, name: str) -> list[dict[str, Any]]:
     )
 
 
+def stage_metrics(team: Team, name: str, stage_name: str, attempt: int = 1) -> dict[str, Any]:
+    """What an attempt of a stage that came to a good end has reported of itself."""
+    return report_of(team.k8s_jobs(name), stage_name, attempt)["metrics"]  # type: ignore[no-any-return]
+
+
 def training_metrics(team: Team, name: str, attempt: int) -> dict[str, Any]:
     """What an attempt of train that came to a good end has reported of itself."""
-    labels = "finetune-operator.io/stage=train", f"finetune-operator.io/attempt={attempt}"
-    selector = ",".join((f"finetune-operator.io/job-name={name}", *labels))
-    [k8s_job] = kube.items("jobs", "-n", team.namespace, "-l", selector)
-    report = json.loads(k8s_job["metadata"]["annotations"]["finetune-operator.io/report"])
-    return report["metrics"]  # type: ignore[no-any-return]
+    return stage_metrics(team, name, "train", attempt)
 
 
 def logged_steps(team: Team, job: dict[str, Any]) -> list[int]:

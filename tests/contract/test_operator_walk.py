@@ -12,6 +12,7 @@ import kube
 import kubelet
 from kubelet import STAGES
 from operator_process import OperatorProcess
+from reports import report_of
 from submitted import condition, has_phase, stage, submit, wait_for_job
 
 from finetune_operator.api import constants
@@ -128,7 +129,8 @@ def test_stage_json_is_what_the_stage_was_promised(namespace: str, operator: Ope
     assert set(config["inputs"]) == {"model", "prepare"}
     assert pod["spec"]["subdomain"] == name
     assert pod["spec"]["hostname"] in (f"{name}-0", f"{name}-1")
-    (done,) = kube.items("jobs", "-n", namespace, "-l", kubelet.selector("prepare"))
-    annotations = done["metadata"]["annotations"]
-    stored = json.loads(annotations[constants.ANNOTATION_REPORT])
+    k8s_jobs = kube.items("jobs", "-n", namespace, "-l", constants.LABEL_JOB_UID)
+    stored = report_of(k8s_jobs, "prepare")
+    (done,) = (job for job in k8s_jobs if job["metadata"]["labels"][constants.LABEL_STAGE] == "prepare")
+    assert constants.ANNOTATION_REPORT not in done["metadata"]["annotations"], "train's Job remembers it: one write less"
     assert set(stored["artifacts"]) == {"prepare", "model"}

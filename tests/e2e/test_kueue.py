@@ -13,6 +13,7 @@ import kube
 import kueue
 import pytest
 from kueue import TeamQueue
+from reports import report_of
 from team import TRAINING, Team, condition, failed, make_sources, stage, succeeded, tiny_job
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
@@ -125,9 +126,8 @@ def logged_steps(team: Team, job: dict[str, Any]) -> list[int]:
     return [json.loads(line)["step"] for line in lines if line]
 
 
-def resumed_from(k8s_job: dict[str, Any]) -> int:
-    report = json.loads(k8s_job["metadata"]["annotations"]["finetune-operator.io/report"])
-    return int(report["metrics"]["resumedFromStep"])
+def resumed_from(team: Team, name: str) -> int:
+    return int(report_of(team.k8s_jobs(name), "train")["metrics"]["resumedFromStep"])
 
 
 def test_a_preempted_training_writes_a_checkpoint_and_goes_on_from_it_in_the_same_job(
@@ -147,7 +147,7 @@ def test_a_preempted_training_writes_a_checkpoint_and_goes_on_from_it_in_the_sam
     job = team.wait("preempted", succeeded, 360, "the job to succeed after it got its quota back", unless=failed)
     [after] = trainings(team, "preempted")
     assert after["metadata"]["uid"] == before["metadata"]["uid"]
-    assert resumed_from(after) == last
+    assert resumed_from(team, "preempted") == last
     assert logged_steps(team, job) == list(range(1, STEPS + 1)), "no step is lost and none is done twice"
     assert (len(preempted(job)), len(job["status"]["attempts"]), stage(job, "train")["attempt"]) == (1, 1, 1)
     queue.wait_until_used("0")
@@ -163,7 +163,7 @@ def test_a_preempted_pipeline_that_reserves_as_a_whole_goes_on_in_a_new_attempt(
     queue.remove_rival("rival")
     job = team.wait("whole", succeeded, 360, "the job to succeed after it got its quota back", unless=failed)
     assert stage(job, "train")["attempt"] == 2
-    assert resumed_from(trainings(team, "whole")[-1]) == last
+    assert resumed_from(team, "whole") == last
     assert logged_steps(team, job) == list(range(1, STEPS + 1))
     assert [(each["reason"], each["counted"]) for each in job["status"]["attempts"]] == [("Preempted", False)]
     queue.wait_until_used("0")

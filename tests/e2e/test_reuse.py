@@ -7,6 +7,7 @@ from typing import Any
 
 import kube
 import pytest
+from reports import report_of
 from team import STAGES, Team, failed, make_sources, stage, succeeded, tiny_job
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -22,11 +23,7 @@ def jobs_by_stage(team: Team, name: str) -> dict[str, str]:
 
 def model_of(team: Team, name: str) -> str:
     """Where the job's prepare stage has its base model from."""
-    (report,) = [
-        json.loads(job["metadata"]["annotations"]["finetune-operator.io/report"])
-        for job in team.k8s_jobs(name)
-        if job["metadata"]["labels"]["finetune-operator.io/stage"] == "prepare"
-    ]
+    report = report_of(team.k8s_jobs(name), "prepare")
     return str(report["artifacts"]["model"]["path"])
 
 

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 
 from finetune_operator.api import constants
 from finetune_operator.api.constants import KIND, Reason
@@ -46,12 +47,11 @@ from finetune_operator.surroundings import (
     check_features,
     check_job,
     check_surroundings,
+    due_jobs,
     find_device,
     hear_silent,
     plan_job,
     plan_queue,
-    planned_jobs,
-    planned_starts,
 )
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ async def _advance(
     if start is not None and problem is None:
         if findings.refused is not None and not observed.is_anything_live():
             return _refuse(cached, findings.refused.reason, findings.refused.message, now)
-        jobs = planned_jobs(job, settings, planned_starts(job, settings, start.device_resource, pipeline))
+        jobs = partial(due_jobs, job, settings, start, pipeline)
         observed, problem = await check_surroundings(
             cluster.facts, job, observed, start, jobs, device, cluster.kueue_version()
         )
@@ -178,10 +178,11 @@ async def _advance(
     cost = derive_cost(pipeline.outcomes, find_instance(job, settings.instance_types), settings.currency)
     status = derive_status(job, observed, pipeline, now, problem=problem, findings=findings, plan=plan, cost=cost)
     done = _report(cached, status)
+    late = desired.late_records if problem is None else (*desired.late_records, *desired.carried)
     if done.report is not None:
-        done = replace(done, report=replace(done.report, records=desired.late_records))
+        done = replace(done, report=replace(done.report, records=late))
     else:
-        await _write_records(cluster, job, desired.late_records, settings)
+        await _write_records(cluster, job, late, settings)
     return replace(done, again_after=_again_after(job, status, pipeline, desired, problem, now))
 
 
@@ -335,7 +336,7 @@ async def write_report(cluster: Cluster, report: Report, settings: Settings, now
     if known.status != report.before:
         return False
     if known.job is not None:
-        await _write_records(cluster, known.job, report.records, settings)
+        await asyncio.gather(*(_write_record(cluster, known.job, each, settings) for each in report.records))
     written = await apply.write_status(cluster.client, report.namespace, report.name, report.uid, report.after)
     cluster.cache.wrote_status(written, report.after)
     regarding = {"namespace": report.namespace, "name": report.name, "uid": report.uid}

@@ -7,7 +7,7 @@ Called by reconcile.py. The reads are here, through kube/observe.py's Facts; wha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -205,6 +205,11 @@ def planned_jobs(job: FineTuneJob, settings: Settings, starts: Mapping[str, Star
 def _reported(pipeline: Pipeline) -> Mapping[str, Any]:
     """The figures of prepare's report; none before that."""
     prepare = next((stage for stage in pipeline.stages if stage.name == contract.PREPARE), None)
+def due_jobs(job: FineTuneJob, settings: Settings, start: Start, pipeline: Pipeline) -> dict[str, Manifest]:
+    """The Jobs of the attempt that is due and of the stages after it."""
+    return planned_jobs(job, settings, planned_starts(job, settings, start.device_resource, pipeline))
+
+
     report = prepare.success.report if prepare is not None and prepare.success is not None else None
     return {} if report is None else report.metrics
 
@@ -265,7 +270,7 @@ async def plan_job(
     waiting = None
     if starts:
         first = next(iter(starts.values()))
-        _, waiting = await check_surroundings(facts, job, observed, first, jobs, device, kueue_version)
+        _, waiting = await check_surroundings(facts, job, observed, first, lambda: jobs, device, kueue_version)
     steps = _reported(pipeline).get("maxSteps")
     plan = derive_plan(
         job,
@@ -299,7 +304,7 @@ async def hear_silent(facts: Facts, job: FineTuneJob, observed: Observed, now: d
 
 
 async def _check_cluster(
-    facts: Facts, job: FineTuneJob, due: str, jobs: Mapping[str, Manifest], kueue_version: str | None
+    facts: Facts, job: FineTuneJob, due: str, jobs: Callable[[], Mapping[str, Manifest]], kueue_version: str | None
 ) -> Waiting | None:
     """What quotas and the claim say of the stage that is due and of those after it."""
     claim, quotas, queue = await asyncio.gather(
@@ -307,7 +312,7 @@ async def _check_cluster(
         facts.find_quotas(job.namespace),
         _find_cluster_queue(facts, job, kueue_version),
     )
-    requests = [pod_requests(stage, manifest) for stage, manifest in jobs.items()] if quotas or queue else []
+    requests = [pod_requests(stage, manifest) for stage, manifest in jobs().items()] if quotas or queue else []
     return check_cluster(
         job,
         due,
@@ -323,7 +328,7 @@ async def check_surroundings(
     job: FineTuneJob,
     observed: Observed,
     start: Start,
-    jobs: Mapping[str, Manifest],
+    jobs: Callable[[], Mapping[str, Manifest]],
     device: DeviceName | Mismatch | None,
     kueue_version: str | None,
 ) -> tuple[Observed, Waiting | None]:

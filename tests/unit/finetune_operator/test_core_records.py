@@ -13,15 +13,19 @@ from hypothesis import strategies as st
 from finetune_operator.api.constants import Reason
 from finetune_operator.core.log_tail import MAX_LINE_LENGTH
 from finetune_operator.core.records import (
+    ANNOTATION_BEFORE,
     ANNOTATION_OUTCOME,
     LOG_MAX_LINES,
     MAX_NODES,
     MESSAGE_MAX_LENGTH,
     Outcome,
     Result,
+    before_annotation,
+    find_before,
     find_outcome,
     outcome_annotations,
 )
+from finetune_trainer import contract
 
 AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
 OUTCOME = Outcome(
@@ -128,3 +132,27 @@ def test_a_damaged_record_counts_as_none(text: str) -> None:
 def test_a_record_with_a_field_of_another_kind_counts_as_none(change: dict[str, object]) -> None:
     value = json.loads(outcome_annotations(OUTCOME)[ANNOTATION_OUTCOME]) | change
     assert find_outcome({ANNOTATION_OUTCOME: json.dumps(value)}) is None
+
+
+SUCCESS = replace(
+    OUTCOME,
+    result=Result.SUCCEEDED,
+    reason=Reason.COMPLETED,
+    report=contract.Report("prepare", 0, artifacts={"prepare": contract.ArtifactRef("a/b", "sha256:" + "0" * 64)}),
+)
+
+
+def test_what_a_job_remembers_of_others_is_read_back() -> None:
+    of = {("prepare", "0123456789abcdef", 1): SUCCESS, ("compile", "fedcba9876543210", 3): SUCCESS}
+    assert find_before(before_annotation(of)) == of
+    assert before_annotation({}) == {}
+
+
+@pytest.mark.parametrize("text", ["", "{}", "3", "[3]", '[{"stage":"prepare"}]', "null"])
+def test_damaged_memories_of_others_count_as_none(text: str) -> None:
+    assert find_before({ANNOTATION_BEFORE: text}) == {}
+
+
+def test_only_successes_are_remembered_for_others() -> None:
+    failure = replace(SUCCESS, result=Result.RETRY)
+    assert find_before(before_annotation({("prepare", "0123456789abcdef", 1): failure})) == {}

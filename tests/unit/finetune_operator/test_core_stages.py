@@ -12,6 +12,7 @@ from finetune_operator.api import constants
 from finetune_operator.api.status import Cost
 from finetune_operator.core.figures import Progress
 from finetune_operator.core.plan import derive_cost
+from finetune_operator.core.records import ANNOTATION_OUTCOME
 from finetune_operator.core.times import format_time
 from finetune_trainer.contract import ExitCode
 
@@ -44,8 +45,49 @@ def test_the_next_jobs_objects_are_asked_for_when_the_pods_have_ended_and_the_jo
     simulation.run_stage("prepare")
     _, desired = simulation.decide()
     assert [manifest["kind"] for manifest in desired.manifests] == ["Service", "Job"]
-    assert desired.records == (), "the next stage does not wait for the record of a success"
-    assert [record.kind for record in desired.late_records] == ["Job"]
+    assert desired.records == desired.late_records == (), "the record of a success costs no write of its own"
+    assert [record.attempt[0] for record in desired.carried] == ["prepare"], "where the Job cannot be made it is written"
+
+
+def lose_pods(simulation: Simulation, stage: str) -> None:
+    for pod in simulation.pods_of(stage):
+        del simulation.pods[pod["metadata"]["name"]]
+
+
+def is_recorded(simulation: Simulation, stage: str) -> bool:
+    (job,) = (job for job in simulation.jobs.values() if job["metadata"]["labels"][constants.LABEL_STAGE] == stage)
+    return ANNOTATION_OUTCOME in job["metadata"]["annotations"]
+
+
+def test_a_success_outlives_its_pods_on_the_next_stages_job() -> None:
+    simulation = Simulation()
+    walk(simulation, "prepare")
+    assert not is_recorded(simulation, "prepare")
+    lose_pods(simulation, "prepare")
+    walk(simulation, *STAGES[1:])
+    assert [name.split("-")[1] for name in simulation.created_jobs] == list(STAGES), "nothing ran twice"
+
+
+def test_the_last_stages_success_is_recorded_on_its_own_job() -> None:
+    simulation = Simulation()
+    walk(simulation, *STAGES)
+    assert [stage for stage in STAGES if is_recorded(simulation, stage)] == ["evaluate"]
+
+
+def test_a_job_that_goes_hands_back_what_it_remembers() -> None:
+    simulation = Simulation()
+    walk(simulation, "prepare")
+    simulation.change(suspend=True)
+    simulation.settle()
+    training = {**simulation.body["spec"]["training"], "learningRate": 0.25}
+    simulation.change(suspend=True, training=training)
+    simulation.settle()
+    assert "train" not in {job["metadata"]["labels"][constants.LABEL_STAGE] for job in simulation.jobs.values()}
+    assert is_recorded(simulation, "prepare")
+    lose_pods(simulation, "prepare")
+    simulation.change(suspend=False, training=training)
+    simulation.settle()
+    assert [name.split("-")[1] for name in simulation.created_jobs] == ["prepare", "train", "train"]
 
 
 def test_a_failure_is_recorded_before_anything_else_is_done() -> None:

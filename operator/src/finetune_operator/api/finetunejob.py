@@ -87,7 +87,7 @@ def parse_spec(value: Any) -> FineTuneJobSpec:
     try:
         # The models parse fast and check types and bounds on the way; what they refuse is told by the common checks.
         spec = FineTuneJobSpec.model_validate_json(text)
-        problems = check_rules(spec.as_json())
+        problems = check_rules(spec.plain)
     except ValidationError as error:
         problems = check_spec(json.loads(text)) or tuple(_explain(detail) for detail in error.errors(include_url=False))
     if problems:

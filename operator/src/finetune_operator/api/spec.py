@@ -7,12 +7,15 @@ descriptions give the meaning; the generator adds default and bounds to them. sp
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
 from finetune_operator.api.model import DnsName, Model, Revision, Source
 from finetune_operator.api.overrides import Stages
+from finetune_trainer.contract import digest_of
 from finetune_trainer.spec_rules import MAX_PROMPT_CHARACTERS
 
 DatasetFormat = Literal["dolly", "samsum", "promptCompletion", "alpaca", "messages", "sharegpt", "text", "template"]
@@ -456,3 +459,20 @@ class FineTuneJobSpec(Model):
         "stage that runs goes on to its end; spec.suspend stops it.",
     )
     stages: Stages = Field(default=Stages(), description="Overrides of single stages' pods.")
+
+    @cached_property
+    def plain(self) -> Mapping[str, Any]:
+        """as_json() made once, for reading: every round of a job asks for it, and a spec never changes."""
+        return self.as_json()
+
+    @cached_property
+    def end_digest(self) -> str:
+        """Digest of what a job's end depends on: all of the spec but ttlSecondsAfterFinished."""
+        return digest_of({key: value for key, value in self.plain.items() if key != "ttlSecondsAfterFinished"})
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy, without what was made from the original's fields."""
+        copy = super().model_copy(update=update, deep=deep)
+        for made in ("plain", "end_digest"):
+            copy.__dict__.pop(made, None)
+        return copy

@@ -10,7 +10,7 @@ not let start yet has nothing to remember, and is deleted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -22,7 +22,7 @@ from finetune_operator.api.status import MAX_ATTEMPTS
 from finetune_operator.core import names
 from finetune_operator.core.inputs import GANGS, Start
 from finetune_operator.core.nodes import find_fault
-from finetune_operator.core.observed import Attempt, Observed, Pod
+from finetune_operator.core.observed import Attempt, AttemptKey, Observed, Pod
 from finetune_operator.core.pods import Placement, pod_template
 from finetune_operator.core.preemptions import (
     checkpoint_annotations,
@@ -32,7 +32,13 @@ from finetune_operator.core.preemptions import (
     with_preemption,
 )
 from finetune_operator.core.queueing import queue_labels
-from finetune_operator.core.records import ANNOTATION_DEFAULT_IMAGE, Outcome, Result, outcome_annotations
+from finetune_operator.core.records import (
+    ANNOTATION_DEFAULT_IMAGE,
+    Outcome,
+    Result,
+    before_annotation,
+    outcome_annotations,
+)
 from finetune_operator.core.settings import Settings
 from finetune_operator.core.stages import Pipeline, StagePlan
 from finetune_trainer import contract
@@ -60,6 +66,8 @@ class Record:
     outcome: Outcome | None = None
     log_of: str | None = None
     """Name of the pod whose last log lines belong to the outcome."""
+    attempt: AttemptKey = ("", "", 0)
+    """Whose end the outcome is."""
 
     @property
     def may_wait(self) -> bool:
@@ -81,13 +89,15 @@ class Desired:
     """What to do, in order. `manifests` of one attempt stand together, its Job last.
 
     `late_records` are of attempts that succeeded: their pods tell the same until they are removed, so the next stage
-    need not wait for that write. `wake_at` is when a pod that is being stopped will have had its time.
+    need not wait for that write. `carried` are those that a Job of `manifests` remembers: they are written late only
+    where that Job cannot be made. `wake_at` is when a pod that is being stopped will have had its time.
     """
 
     records: tuple[Record, ...] = ()
     deletions: tuple[Deletion, ...] = ()
     manifests: tuple[Manifest, ...] = ()
     late_records: tuple[Record, ...] = ()
+    carried: tuple[Record, ...] = ()
     wake_at: datetime | None = None
 
 
@@ -97,14 +107,24 @@ def desired_state(
     """The writes that bring the job's children from what is observed to what the pipeline says."""
     forced, wake_at = _drained_pods(observed, pipeline, settings, now)
     records = tuple(_records(job, observed, pipeline, now))
+    late = tuple(each for each in records if each.may_wait)
+    before = before_annotation({each.attempt: each.outcome for each in late if each.outcome is not None})
+    manifests = tuple(
+        manifest for stage in pipeline.stages for manifest in _manifests(job, stage, pipeline, settings, before)
+    )
+    carries = any(manifest["kind"] == JOB for manifest in manifests)
+    # What a dry run's spec has no use for may be wanted again: it starts nothing and removes nothing.
+    deletions = (*(() if job.spec.dry_run else _deletions(job, observed, pipeline)), *forced)
     return Desired(
-        records=(*(each for each in records if not each.may_wait), *_notes(observed, pipeline, now)),
-        # What a dry run's spec has no use for may be wanted again: it starts nothing and removes nothing.
-        deletions=(*(() if job.spec.dry_run else _deletions(job, observed, pipeline)), *forced),
-        manifests=tuple(
-            manifest for stage in pipeline.stages for manifest in _manifests(job, stage, pipeline, settings)
+        records=(
+            *(each for each in records if not each.may_wait),
+            *_forgotten(observed, pipeline, deletions),
+            *_notes(observed, pipeline, now),
         ),
-        late_records=tuple(each for each in records if each.may_wait),
+        deletions=deletions,
+        manifests=manifests,
+        late_records=() if carries else late,
+        carried=late if carries else (),
         wake_at=wake_at,
     )
 
@@ -122,13 +142,24 @@ def _records(job: FineTuneJob, observed: Observed, pipeline: Pipeline, now: date
             ended = replace(outcome, finished_at=outcome.finished_at or now, generation=job.generation)
             stop = outcome.result is not Result.SUCCEEDED and not stage_job.is_over
             log_of = outcome.pod if outcome.result is not Result.SUCCEEDED else None
-            yield Record(JOB, stage_job.name, outcome_annotations(ended), stop, ended, log_of)
+            yield Record(JOB, stage_job.name, outcome_annotations(ended), stop, ended, log_of, attempt.key)
         elif not stage_job.deleting and not _never_started(attempt):
             stopped = _stopped(job, pipeline)
             if stopped is not None:
                 begun = stage_job.created_at if any(pod.running or pod.has_ended for pod in attempt.pods) else None
                 ended = replace(stopped, started_at=begun, finished_at=now, pod_seconds=attempt.pod_seconds(now))
-                yield Record(JOB, stage_job.name, outcome_annotations(ended), True, ended)
+                yield Record(JOB, stage_job.name, outcome_annotations(ended), True, ended, attempt=attempt.key)
+
+
+def _forgotten(observed: Observed, pipeline: Pipeline, deletions: Iterable[Deletion]) -> Iterator[Record]:
+    """What Jobs that go remember for others: it moves to those others' own Jobs first."""
+    going = {deletion.name for deletion in deletions if deletion.kind == JOB}
+    for attempt in observed.attempts:
+        if attempt.remembered_by not in going or attempt.job is None or attempt.recorded is None:
+            continue
+        if attempt.job.name not in going and not _is_unwanted(attempt, pipeline):
+            annotations = outcome_annotations(attempt.recorded)
+            yield Record(JOB, attempt.job.name, annotations, outcome=attempt.recorded, attempt=attempt.key)
 
 
 def _stopped(job: FineTuneJob, pipeline: Pipeline) -> Outcome | None:
@@ -260,7 +291,9 @@ def _whole(attempt: Attempt) -> Iterator[Deletion]:
         yield Deletion(SERVICE, attempt.name)
 
 
-def _manifests(job: FineTuneJob, stage: StagePlan, pipeline: Pipeline, settings: Settings) -> Iterator[Manifest]:
+def _manifests(
+    job: FineTuneJob, stage: StagePlan, pipeline: Pipeline, settings: Settings, before: Mapping[str, str]
+) -> Iterator[Manifest]:
     start = stage.start
     if start is None:
         return
@@ -268,7 +301,9 @@ def _manifests(job: FineTuneJob, stage: StagePlan, pipeline: Pipeline, settings:
     if start.completions > 1 and (there is None or not there.service):
         yield service(job, start)
     if there is None or there.job is None:
-        yield stage_job(job, start, settings, pipeline.placement)
+        made = stage_job(job, start, settings, pipeline.placement)
+        made["metadata"]["annotations"] = {**made["metadata"].get("annotations", {}), **before}
+        yield made
 
 
 def _metadata(job: FineTuneJob, start: Start, annotations: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def stage_completions(job: FineTuneJob, stage: str) -> int:
 
 def stage_spec(job: FineTuneJob, stage: str) -> dict[str, Any]:
     """The part of the spec that a stage reads, defaults filled in; a change of anything else leaves the stage alone."""
-    spec = job.spec.as_json()
+    spec = job.spec.plain
     if stage == contract.PREPARE:
         length = {key: spec["training"][key] for key in ("maxSteps", "epochs", "seed") if key in spec["training"]}
         return {"model": spec["model"], "dataset": spec["dataset"], "training": length}

@@ -13,7 +13,14 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from finetune_operator.api import constants
-from finetune_operator.core.records import ANNOTATION_DEFAULT_IMAGE, ANNOTATION_OUTCOME, Outcome, find_outcome
+from finetune_operator.core.records import (
+    ANNOTATION_BEFORE,
+    ANNOTATION_DEFAULT_IMAGE,
+    ANNOTATION_OUTCOME,
+    Outcome,
+    find_before,
+    find_outcome,
+)
 from finetune_operator.core.times import parse_time
 
 if TYPE_CHECKING:
@@ -102,6 +109,8 @@ class StageJob:
     suspended: bool = False
     started_at: datetime | None = None
     recorded: Outcome | None = None
+    before: Mapping[AttemptKey, Outcome] = field(default_factory=dict)
+    """Successes of other attempts that this Job remembers, because their own Jobs need not be written to then."""
     default_image: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
     """The operator's own annotations that are not parsed here: preemptions, checkpoint."""
@@ -118,7 +127,8 @@ class StageJob:
 class Attempt:
     """All that exists of one attempt of one stage. `digest` is the 16 hexadecimal digits of the label.
 
-    `default_image` is the operator's default when the attempt was made, "" where its Job is gone.
+    `default_image` is the operator's default when the attempt was made, "" where its Job is gone. `remembered_by` is the
+    name of another stage's Job that has what is `recorded`; None where the attempt's own has it, or none.
     """
 
     stage: str
@@ -130,6 +140,7 @@ class Attempt:
     pods: tuple[Pod, ...] = ()
     recorded: Outcome | None = None
     default_image: str = ""
+    remembered_by: str | None = None
 
     @property
     def key(self) -> AttemptKey:
@@ -221,6 +232,7 @@ def group_attempts(
 ) -> tuple[Attempt, ...]:
     """The attempts that these parsed children make up, in the order of their keys."""
     found: dict[AttemptKey, Attempt] = {}
+    jobs = list(jobs)
 
     def at(key: AttemptKey) -> Attempt:
         return found.get(key) or Attempt(*key)
@@ -234,6 +246,11 @@ def group_attempts(
         of_attempt.setdefault(key, []).append(pod)
     for key, members in of_attempt.items():
         found[key] = replace(at(key), pods=tuple(sorted(members, key=lambda pod: (pod.index, pod.name))))
+    for _, job in jobs:
+        for key, outcome in job.before.items():
+            attempt = found.get(key)
+            if attempt is not None and attempt.job is not None and attempt.recorded is None:
+                found[key] = replace(attempt, recorded=outcome, remembered_by=job.name)
     return tuple(found[key] for key in sorted(found))
 
 
@@ -277,7 +294,9 @@ def _conditions(raw: Raw) -> Iterable[Raw]:
     return conditions
 
 
-_PARSED_ANNOTATIONS = frozenset({ANNOTATION_DEFAULT_IMAGE, ANNOTATION_OUTCOME, constants.ANNOTATION_REPORT})
+_PARSED_ANNOTATIONS = frozenset(
+    {ANNOTATION_BEFORE, ANNOTATION_DEFAULT_IMAGE, ANNOTATION_OUTCOME, constants.ANNOTATION_REPORT}
+)
 
 
 def parse_stage_job(raw: Raw) -> StageJob:
@@ -304,6 +323,7 @@ def parse_stage_job(raw: Raw) -> StageJob:
         suspended=bool(spec.get("suspend")),
         started_at=parse_time(status.get("startTime")),
         recorded=find_outcome(annotations),
+        before=find_before(annotations),
         default_image=annotations.get(ANNOTATION_DEFAULT_IMAGE, ""),
         annotations={
             name: value

@@ -1,8 +1,9 @@
 """How an attempt ended, and how that is written on its Job so that it outlives the pods.
 
 An Outcome is decided once (failure.py), stored by reconcile.py as annotations of the attempt's Job, and from then on
-read back: the children are the operator's memory, its status is not. Everything stored is bounded, and a record of an
-earlier release is read as well.
+read back: the children are the operator's memory, its status is not. A success that a Job of the next stage follows at
+once is remembered by that one, in the write that makes it. Everything stored is bounded, and a record of an earlier
+release is read as well.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from finetune_trainer import contract
 ANNOTATION_OUTCOME = f"{constants.PREFIX}outcome"
 ANNOTATION_DEFAULT_IMAGE = f"{constants.PREFIX}default-image"
 """The operator's default trainer image when the attempt was made: an upgrade leaves started stages alone."""
+ANNOTATION_BEFORE = f"{constants.PREFIX}ended-before"
+"""On a Job: the successes that its making followed, which it remembers for their own Jobs."""
 MESSAGE_MAX_LENGTH = 2048
 LOG_MAX_LINES = 20
 """Lines of the failing container's log that are kept; each has at most log_tail.MAX_LINE_LENGTH characters."""
@@ -88,6 +91,62 @@ class Outcome:
 
 def outcome_annotations(outcome: Outcome) -> dict[str, str]:
     """The annotations that hold the outcome and, when there is one, the report."""
+    annotations = {ANNOTATION_OUTCOME: contract.canonical_json(_as_json(outcome)).decode()}
+    if outcome.report is not None:
+        annotations[constants.ANNOTATION_REPORT] = contract.canonical_json(outcome.report.as_json()).decode()
+    return annotations
+
+
+def find_outcome(annotations: Mapping[str, str]) -> Outcome | None:
+    """The outcome that was stored, or None.
+
+    What a hand has edited into something unreadable counts as not stored: the pods are judged again, or the stage is
+    run again and finds its artifact.
+    """
+    text = annotations.get(ANNOTATION_OUTCOME)
+    if text is None:
+        return None
+    try:
+        return _parse(json.loads(text), annotations.get(constants.ANNOTATION_REPORT))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def before_annotation(outcomes: Mapping[tuple[str, str, int], Outcome]) -> dict[str, str]:
+    """The annotation by which a new Job remembers these successes, by the keys of their attempts; none for none."""
+    if not outcomes:
+        return {}
+    entries = [
+        {
+            "stage": stage,
+            "digest": digest,
+            "attempt": number,
+            "outcome": _as_json(outcome),
+            "report": None if outcome.report is None else outcome.report.as_json(),
+        }
+        for (stage, digest, number), outcome in sorted(outcomes.items())
+    ]
+    return {ANNOTATION_BEFORE: contract.canonical_json(entries).decode()}
+
+
+def find_before(annotations: Mapping[str, str]) -> dict[tuple[str, str, int], Outcome]:
+    """The successes that before_annotation stored; what is unreadable counts as not stored, as for find_outcome."""
+    found: dict[tuple[str, str, int], Outcome] = {}
+    text = annotations.get(ANNOTATION_BEFORE)
+    if text is None:
+        return found
+    try:
+        for entry in json.loads(text):
+            report = None if entry["report"] is None else json.dumps(entry["report"])
+            outcome = _parse(entry["outcome"], report)
+            if outcome is not None and outcome.result is Result.SUCCEEDED:
+                found[str(entry["stage"]), str(entry["digest"]), int(entry["attempt"])] = outcome
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return found
+
+
+def _as_json(outcome: Outcome) -> dict[str, Any]:
     value: dict[str, Any] = {
         "result": str(outcome.result),
         "reason": str(outcome.reason),
@@ -105,45 +164,29 @@ def outcome_annotations(outcome: Outcome) -> dict[str, str]:
         "checkpointStep": outcome.checkpoint_step,
         "podSeconds": outcome.pod_seconds,
     }
-    value = {key: item for key, item in value.items() if key in _REQUIRED or item not in (None, [])}
-    annotations = {ANNOTATION_OUTCOME: contract.canonical_json(value).decode()}
-    if outcome.report is not None:
-        annotations[constants.ANNOTATION_REPORT] = contract.canonical_json(outcome.report.as_json()).decode()
-    return annotations
+    return {key: item for key, item in value.items() if key in _REQUIRED or item not in (None, [])}
 
 
-def find_outcome(annotations: Mapping[str, str]) -> Outcome | None:
-    """The outcome that was stored, or None.
-
-    What a hand has edited into something unreadable counts as not stored: the pods are judged again, or the stage is
-    run again and finds its artifact.
-    """
-    text = annotations.get(ANNOTATION_OUTCOME)
-    if text is None:
-        return None
-    try:
-        value: Any = json.loads(text)
-        report_text = annotations.get(constants.ANNOTATION_REPORT)
-        outcome = Outcome(
-            result=Result(value["result"]),
-            reason=_REASONS[value["reason"]],
-            message=str(value["message"]),
-            counts=bool(value["counts"]),
-            exit_code=value["exitCode"],
-            started_at=parse_time(value["startedAt"]),
-            finished_at=parse_time(value["finishedAt"]),
-            generation=value["generation"],
-            report=None if report_text is None else contract.parse_report(report_text),
-            pod=value.get("pod"),
-            node=value.get("node"),
-            nodes=tuple(str(node) for node in value.get("nodes") or ()),
-            log=tuple(str(line) for line in value.get("log") or ()),
-            step=value.get("step"),
-            checkpoint_step=value.get("checkpointStep"),
-            pod_seconds=value.get("podSeconds"),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
+def _parse(value: Any, report: str | None) -> Outcome | None:
+    """The outcome of _as_json's object and a report's JSON; None for a success without a report, which is none."""
+    outcome = Outcome(
+        result=Result(value["result"]),
+        reason=_REASONS[value["reason"]],
+        message=str(value["message"]),
+        counts=bool(value["counts"]),
+        exit_code=value["exitCode"],
+        started_at=parse_time(value["startedAt"]),
+        finished_at=parse_time(value["finishedAt"]),
+        generation=value["generation"],
+        report=None if report is None else contract.parse_report(report),
+        pod=value.get("pod"),
+        node=value.get("node"),
+        nodes=tuple(str(node) for node in value.get("nodes") or ()),
+        log=tuple(str(line) for line in value.get("log") or ()),
+        step=value.get("step"),
+        checkpoint_step=value.get("checkpointStep"),
+        pod_seconds=value.get("podSeconds"),
+    )
     return None if outcome.result is Result.SUCCEEDED and outcome.report is None else outcome
 
 

@@ -82,8 +82,8 @@ class StagePlan:
 class Pipeline:
     """Every stage in order. `deadline_passed` stops what runs.
 
-    `placement` is where new pods may run, `progress` what the attempt under way last posted, `queue` how Kueue has the
-    job (None without spec.queue), and `outcomes` has every attempt's end as far as it is known.
+    `placement` is where the pods of an attempt that begins may run, `progress` what the attempt under way last posted,
+    `queue` how Kueue has the job (None without spec.queue), and `outcomes` has every attempt's end as far as it is known.
     """
 
     stages: tuple[StagePlan, ...]
@@ -151,18 +151,12 @@ def _keeps_image(attempt: Attempt) -> bool:
     return attempt.job is not None and (waiting is None or waiting.reason is not Reason.IMAGE_PULL_FAILED)
 
 
-def spec_digest(job: FineTuneJob) -> str:
-    """Digest of what a job's end depends on: all of its spec but ttlSecondsAfterFinished."""
-    spec = {key: value for key, value in job.spec.as_json().items() if key != "ttlSecondsAfterFinished"}
-    return contract.digest_of(spec)
-
-
 def is_finished(job: FineTuneJob) -> bool:
     """True when the job came to its end under the spec that it has now, whatever its time to live; the end is final."""
     end = find_condition(job.status.conditions, ConditionType.SUCCEEDED)
     if end is None or end.status == "Unknown":
         return False
-    return end.observed_generation == job.generation or job.status.spec_digest == spec_digest(job)
+    return end.observed_generation == job.generation or job.status.spec_digest == job.spec.end_digest
 
 
 def running_since(job: FineTuneJob) -> datetime | None:
@@ -238,6 +232,7 @@ def derive_pipeline(
         lost = queue.message if current.latest is not None else None
         current = replace(current, state=StageState.QUEUED, reason=Reason.QUEUED, message=queue.message, start=None)
         stages = [current if stage.name == current.name else stage for stage in stages]
+    begins = current is not None and current.is_new
     avoidance = nodes_to_avoid(
         _node_faults(outcomes),
         now,
@@ -248,7 +243,7 @@ def derive_pipeline(
         stages=tuple(stages),
         deadline_passed=passed and blocked,
         deadline_at=deadline_at,
-        placement=Placement(affinity=_affinity(look, current, avoidance)),
+        placement=Placement(affinity=_affinity(look, current, avoidance) if begins else None),
         progress=progress if progress is not None and _is_of(progress, current) else None,
         queue=queue,
         reservation_lost=lost,

@@ -48,7 +48,7 @@ from finetune_operator.core.preemptions import noted_preemptions
 from finetune_operator.core.preflight import Findings
 from finetune_operator.core.queueing import queue_wait_seconds
 from finetune_operator.core.records import Result
-from finetune_operator.core.stages import DONE, Pipeline, StagePlan, running_since, spec_digest
+from finetune_operator.core.stages import DONE, Pipeline, StagePlan, running_since
 from finetune_trainer import contract
 
 _WEIGHTS = {
@@ -103,7 +103,7 @@ def derive_status(
     current, progress = pipeline.current, pipeline.progress
     return FineTuneJobStatus(
         observed_generation=job.generation,
-        spec_digest=spec_digest(job),
+        spec_digest=job.spec.end_digest,
         conditions=conditions,
         phase=_phase(job, pipeline, conclusion, problem),
         stage=_stage_text(pipeline),
