@@ -202,14 +202,14 @@ def planned_jobs(job: FineTuneJob, settings: Settings, starts: Mapping[str, Star
     return {stage: stage_job(job, start, settings, Placement()) for stage, start in starts.items()}
 
 
-def _reported(pipeline: Pipeline) -> Mapping[str, Any]:
-    """The figures of prepare's report; none before that."""
-    prepare = next((stage for stage in pipeline.stages if stage.name == contract.PREPARE), None)
 def due_jobs(job: FineTuneJob, settings: Settings, start: Start, pipeline: Pipeline) -> dict[str, Manifest]:
     """The Jobs of the attempt that is due and of the stages after it."""
     return planned_jobs(job, settings, planned_starts(job, settings, start.device_resource, pipeline))
 
 
+def _reported(pipeline: Pipeline) -> Mapping[str, Any]:
+    """The figures of prepare's report; none before that."""
+    prepare = next((stage for stage in pipeline.stages if stage.name == contract.PREPARE), None)
     report = prepare.success.report if prepare is not None and prepare.success is not None else None
     return {} if report is None else report.metrics
 
