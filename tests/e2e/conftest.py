@@ -11,8 +11,10 @@ import os
 import uuid
 from collections.abc import Iterator
 
+import chart_release
 import kube
 import pytest
+from chart_release import Release
 from team import CLAIM, Team, remove_namespace, toolbox_pod, workspace_manifests
 
 
@@ -51,3 +53,10 @@ def team(trainer_image: str, operator_namespace: str) -> Iterator[Team]:
         yield Team(namespace, trainer_image)
     finally:
         remove_namespace(namespace, CLAIM)
+
+
+@pytest.fixture
+def release(operator_namespace: str) -> Iterator[Release]:
+    """The installed release of the chart, as it was again afterwards."""
+    with chart_release.installed(operator_namespace) as found:
+        yield found

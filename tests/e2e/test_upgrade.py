@@ -2,78 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import kube
 import pytest
+from chart_release import Release
 from team import STAGES, TRAINING, Team, failed, make_sources, stage, succeeded, tiny_job
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-CHART = Path(__file__).resolve().parents[2] / "charts" / "finetune-operator"
-OPERATORS = "app.kubernetes.io/name=finetune-operator"
 STEPS = 3000
 """Half a minute of training or more: longer than one upgrade, and what comes after it may meet any stage."""
 HAND_OVER_SECONDS = 15.0
-
-
-@dataclass(frozen=True)
-class Release:
-    """The installed release, which the Deployment and the Lease are named by."""
-
-    name: str
-    namespace: str
-    deployment: str
-
-    def helm(self, *arguments: str) -> str:
-        command = [os.environ.get("HELM") or "helm", *arguments, "--namespace", self.namespace]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def revision(self) -> int:
-        return int(json.loads(self.helm("history", self.name, "--max=1", "--output=json"))[-1]["revision"])
-
-    def upgrade(self, value: str) -> None:
-        """Change one value; returns when the new pods are ready and the old ones are gone."""
-        self.helm("upgrade", self.name, str(CHART), "--reuse-values", "--set", value, "--wait", "--timeout=3m")
-        self.wait_for_one_generation()
-
-    def back_to(self, revision: int) -> None:
-        self.helm("rollback", self.name, str(revision), "--wait", "--timeout=3m")
-        self.wait_for_one_generation()
-
-    def wait_for_one_generation(self) -> None:
-        wanted = kube.get("deployment", self.deployment, "-n", self.namespace)["spec"]["replicas"]
-        kube.eventually(lambda: len(self.pods()) == wanted, deadline=60, reason="the old pods of the operator to go")
-
-    def pods(self) -> dict[str, str]:
-        """Uid by name of the operator's pods."""
-        found = kube.items("pods", "-n", self.namespace, "-l", OPERATORS)
-        return {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in found}
-
-    def leader(self) -> str:
-        """Name of the pod that holds the Lease, empty for none."""
-        identity = kube.get("lease", self.deployment, "-n", self.namespace)["spec"].get("holderIdentity") or ""
-        return str(identity.rpartition("_")[0])
-
-
-@pytest.fixture
-def release(operator_namespace: str) -> Iterator[Release]:
-    """The installed release, as it was again afterwards."""
-    [deployment] = kube.items("deployments", "-n", operator_namespace, "-l", OPERATORS)
-    name = deployment["metadata"]["labels"]["app.kubernetes.io/instance"]
-    release = Release(name, operator_namespace, deployment["metadata"]["name"])
-    revision = release.revision()
-    yield release
-    if release.revision() != revision:
-        release.back_to(revision)
 
 
 def reached(job: dict[str, Any]) -> tuple[int, int]:
@@ -100,12 +40,12 @@ def test_an_upgrade_and_the_leaders_death_leave_a_training_alone(team: Team, rel
     job = team.wait("upgraded", lambda job: reached(job)[1] > 0, 240, "the training's first step", unless=failed)
     made, pods = children(team), release.pods()
 
-    release.upgrade("podAnnotations.round=second")
+    release.upgrade("--set=podAnnotations.round=second")
     assert not set(release.pods().values()) & set(pods.values()), "the upgrade replaced the operator's pod"
     job = wait_until_further(team, reached(team.job("upgraded")), "the new pod to hear of the training")
     assert stage(job, "train")["state"] == "Running", "the training outlasted the upgrade"
 
-    release.upgrade("replicaCount=2")
+    release.upgrade("--set=replicaCount=2")
     pods = release.pods()
     assert len(pods) == 2
     leader = kube.eventually(
