@@ -132,5 +132,5 @@ def test_stage_json_is_what_the_stage_was_promised(namespace: str, operator: Ope
     k8s_jobs = kube.items("jobs", "-n", namespace, "-l", constants.LABEL_JOB_UID)
     stored = report_of(k8s_jobs, "prepare")
     (done,) = (job for job in k8s_jobs if job["metadata"]["labels"][constants.LABEL_STAGE] == "prepare")
-    assert constants.ANNOTATION_REPORT not in done["metadata"]["annotations"], "train's Job remembers it: one write less"
+    assert constants.ANNOTATION_REPORT not in done["metadata"]["annotations"], "train's Job remembers it"
     assert set(stored["artifacts"]) == {"prepare", "model"}

@@ -46,7 +46,7 @@ def test_the_next_jobs_objects_are_asked_for_when_the_pods_have_ended_and_the_jo
     _, desired = simulation.decide()
     assert [manifest["kind"] for manifest in desired.manifests] == ["Service", "Job"]
     assert desired.records == desired.late_records == (), "the record of a success costs no write of its own"
-    assert [record.attempt[0] for record in desired.carried] == ["prepare"], "where the Job cannot be made it is written"
+    assert [record.attempt[0] for record in desired.carried] == ["prepare"], "written where it cannot be made"
 
 
 def lose_pods(simulation: Simulation, stage: str) -> None:
