@@ -9,8 +9,10 @@ stage.json (an immutable ConfigMap, mounted at CONFIG_PATH) is one JSON object:
     contractVersion  int     CONTRACT_VERSION of the operator that wrote it
     stage            str     one of STAGES
     image            str     image reference of the stage, tagged by content
-    spec             object  the part of the FineTuneJob's spec that the stage reads, defaults filled in
+    spec             object  the part of the FineTuneJob's spec that the stage reads, defaults filled in; compile has
+                             all that train has, for it runs train's program, and its digest covers graph_spec of it
     inputs           object  input name -> {"path": workspace-relative folder, "digest": "sha256:<hex>" of its manifest}
+                             (train's "compile" says that its graphs are compiled, and is not part of its digest)
     parallelism      object  numNodes, procsPerNode, worldSize, tensorParallelSize, pipelineParallelSize,
                              dataParallelSize, microBatchSize, gradientAccumulationSteps, globalBatchSize, all counts,
                              and strategy, ddp or fsdp (prepare gets globalBatchSize only)
@@ -73,6 +75,9 @@ WORKSPACE_ROOT = "finetune"
 MODELS_FOLDER = f"{WORKSPACE_ROOT}/models"
 DATASETS_FOLDER = f"{WORKSPACE_ROOT}/datasets"
 JOBS_FOLDER = f"{WORKSPACE_ROOT}/jobs"
+NEURON_CACHE_FOLDER = f"{WORKSPACE_ROOT}/neuron-cache"
+"""Graphs compiled for AWS Trainium, shared by all jobs. Letters, digits, `_`, `-` and `/` only: optimum-neuron 0.4.5
+ends a path in NEURON_CC_FLAGS at any other character (utils/cache_utils.py)."""
 MANIFEST_NAME = "manifest.json"
 
 PROGRESS_AUDIENCE = "finetune-operator"
@@ -82,6 +87,27 @@ REPORT_MAX_BYTES = 4096
 """Kubernetes cuts a termination message at 4096 bytes."""
 
 _VOLATILE = frozenset({"output", "job", "attempt", "workspace", "secrets", "rendezvous", "progress"})
+
+_ORDER_ONLY: Mapping[str, frozenset[str]] = {TRAIN: frozenset({COMPILE})}
+"""Inputs that a stage waits for and that change nothing in what it writes: training ends with the same weights whether
+its graphs were compiled before or on the way, so its checkpoints must outlive another compilation."""
+
+EVALUATE_EVERY = "evaluateEverySteps"
+_NOT_OF_THE_GRAPHS = frozenset(
+    {
+        "maxSteps",
+        "epochs",
+        "learningRate",
+        "learningRateSchedule",
+        "warmupSteps",
+        "seed",
+        "checkpointEverySteps",
+        "keepCheckpoints",
+        "logEverySteps",
+    }
+)
+"""Fields of spec.training that reach the devices as data or not at all. Weight decay and clipping stay: with 0 or 1 the
+graph is another one, since torch_xla makes constants of these two numbers and inputs of all others."""
 
 
 class ExitCode(IntEnum):
@@ -257,11 +283,27 @@ def stage_digest(config: StageConfig) -> str:
     """Hex digest that names the stage's Job and output folder.
 
     It covers everything that can change the output: contract version, stage, image, the spec read, parallelism and the
-    digests of the inputs. It leaves out what cannot: the volatile fields, and where an input lies.
+    digests of the inputs. It leaves out what cannot: the volatile fields, where an input lies, and what only says when
+    the stage may begin. Of compile's spec it covers graph_spec.
     """
     stable = {key: value for key, value in config.as_json().items() if key not in _VOLATILE}
-    stable["inputs"] = {name: ref.digest for name, ref in config.inputs.items()}
+    order_only = _ORDER_ONLY.get(config.stage, frozenset())
+    stable["inputs"] = {name: ref.digest for name, ref in config.inputs.items() if name not in order_only}
+    if config.stage == COMPILE:
+        stable["spec"] = graph_spec(config.spec)
     return hashlib.sha256(canonical_json(stable)).hexdigest()
+
+
+def graph_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of train's spec that decides which graphs its program has.
+
+    Of evaluateEverySteps it is whether there is evaluation at all. Fields that are not known here are kept: one that
+    changes a graph and was left out would be compiled on the accelerators while training waits.
+    """
+    training = {name: value for name, value in spec.get("training", {}).items() if name not in _NOT_OF_THE_GRAPHS}
+    if training.pop(EVALUATE_EVERY, None):
+        training["evaluates"] = True
+    return {**spec, "training": training}
 
 
 def stage_output(namespace: str, job: str, stage: str, digest: str) -> str:

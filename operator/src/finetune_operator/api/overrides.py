@@ -86,7 +86,8 @@ class StageOverrides(Model):
         ge=30,
         le=86_400,
         description="Time without a step after which an attempt counts as hanging and is ended, in seconds; absent: "
-        "the operator's default. Only train reports steps.",
+        "the operator's default for train, and none for compile, whose steps are graphs that may take an hour each. No "
+        "other stage reports steps.",
     )
 
 
@@ -94,7 +95,11 @@ class Stages(Model):
     """Overrides by stage."""
 
     prepare: StageOverrides | None = Field(default=None, description="Overrides of the prepare stage.")
-    compile: StageOverrides | None = Field(default=None, description="Overrides of the compile stage.")
+    compile: StageOverrides | None = Field(
+        default=None,
+        description="Overrides of the compile stage. What it does not set is as for train, but for both times: a "
+        "graph that is compiled in another environment or image than train's is compiled for nothing.",
+    )
     train: StageOverrides | None = Field(
         default=None, description="Overrides of the train stage; each of its pods gets them."
     )
@@ -104,8 +109,26 @@ class Stages(Model):
     publish: StageOverrides | None = Field(default=None, description="Overrides of the publish stage.")
 
     def of(self, stage: str) -> StageOverrides:
-        """The overrides of `stage`, empty ones where the spec has none. KeyError for a stage that does not exist."""
+        """The overrides of `stage`, empty ones where the spec has none. KeyError for a stage that does not exist.
+
+        Those of compile are on top of train's.
+        """
         if stage not in type(self).model_fields:
             raise KeyError(stage)
-        overrides: StageOverrides | None = getattr(self, stage)
-        return overrides or StageOverrides()
+        overrides: StageOverrides = getattr(self, stage) or StageOverrides()
+        return _on_top(overrides, self.of("train")) if stage == "compile" else overrides
+
+
+def _on_top(own: StageOverrides, others: StageOverrides) -> StageOverrides:
+    """`own` with those of `others` where it has none. Times are of one stage: no other has them."""
+    env = {each.name: each for each in (*others.env, *own.env)}
+    added = tuple(each for each in others.tolerations if each not in own.tolerations)
+    return own.model_copy(
+        update={
+            "resources": own.resources or others.resources,
+            "node_selector": {**others.node_selector, **own.node_selector},
+            "tolerations": (*own.tolerations, *added),
+            "image": own.image or others.image,
+            "env": tuple(env.values()),
+        }
+    )

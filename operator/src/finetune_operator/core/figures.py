@@ -53,6 +53,13 @@ class Progress:
     """Share of the devices' peak that the model's arithmetic took, None where model or device is not known."""
 
 
+def graphs_text(progress: Progress) -> str:
+    """How far a compilation is, as a sentence: its steps are graphs, and there is no total before all are traced."""
+    if not progress.total_steps:
+        return "Its graphs are being traced."
+    return f"{progress.step} of {progress.total_steps} graphs are compiled."
+
+
 def whole_second(moment: datetime) -> datetime:
     """The moment as Kubernetes stores it: a status compared with what was read back must be equal."""
     return moment.astimezone(UTC).replace(microsecond=0)

@@ -84,7 +84,7 @@ def stage_spec(job: FineTuneJob, stage: str) -> dict[str, Any]:
         length = {key: spec["training"][key] for key in ("maxSteps", "epochs", "seed") if key in spec["training"]}
         return {"model": spec["model"], "dataset": spec["dataset"], "training": length}
     if stage in GANGS:
-        return {"method": spec["method"], "training": spec["training"]}
+        return {"method": spec["method"], "training": spec["training"], **_chips(job)}
     if stage == contract.CONSOLIDATE:
         # After full this stage writes what merge writes after lora.
         return {"method": spec["method"]} | ({"merge": spec["merge"]} if job.spec.method.type == "full" else {})
@@ -98,16 +98,30 @@ def stage_spec(job: FineTuneJob, stage: str) -> dict[str, Any]:
     raise KeyError(stage)
 
 
+def _chips(job: FineTuneJob) -> dict[str, Any]:
+    """spec.accelerator for Neuron: a graph is compiled for one family of chips, and what a rank has depends on it.
+
+    Nothing on CPU and CUDA, where the process finds its device and the result does not depend on it.
+    """
+    accelerator = job.spec.accelerator
+    if accelerator.type != "neuron":
+        return {}
+    return {"accelerator": {"type": accelerator.type, "instanceType": accelerator.instance_type}}
+
+
 _INPUTS: Mapping[str, Sequence[str]] = {
     contract.PREPARE: (),
     contract.COMPILE: (contract.MODEL_INPUT, contract.PREPARE),
-    contract.TRAIN: (contract.MODEL_INPUT, contract.PREPARE),
+    contract.TRAIN: (contract.MODEL_INPUT, contract.PREPARE, contract.COMPILE),
     contract.CONSOLIDATE: (contract.MODEL_INPUT, contract.TRAIN),
     contract.MERGE: (contract.MODEL_INPUT, contract.CONSOLIDATE),
     contract.EVALUATE: (contract.MODEL_INPUT, contract.PREPARE, contract.CONSOLIDATE, contract.MERGE),
     contract.PUBLISH: (contract.CONSOLIDATE, contract.MERGE, contract.EVALUATE),
 }
-"""Artifacts that a stage reads, each where it is there: evaluate reads merge's only where merge ran."""
+"""Artifacts that a stage reads, each where it is there: evaluate reads merge's only where merge ran.
+
+train reads of compile's only that it is there, and its digest leaves it out (contract.py).
+"""
 
 
 def stage_config(

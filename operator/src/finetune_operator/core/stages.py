@@ -16,7 +16,7 @@ from finetune_operator.api.conditions import find_condition
 from finetune_operator.api.constants import ConditionType, Reason, StageState
 from finetune_operator.api.finetunejob import FineTuneJob
 from finetune_operator.core.failure import Hang, derive_outcome, find_waiting
-from finetune_operator.core.figures import Progress
+from finetune_operator.core.figures import Progress, graphs_text
 from finetune_operator.core.inputs import GANGS, Start, is_skipped, stage_config, stage_names, start_attempt
 from finetune_operator.core.nodes import Avoidance, held_back, node_affinity, nodes_to_avoid
 from finetune_operator.core.observed import Attempt, AttemptKey, Observed, StageJob
@@ -311,8 +311,11 @@ def _is_posted_by(progress: Progress, attempt: Attempt) -> bool:
 
 
 def hang_limit(job: FineTuneJob, stage: str, settings: Settings) -> float:
-    """Seconds without a step after which an attempt of the stage hangs; 0 for never."""
-    return job.spec.stages.of(stage).hang_seconds or settings.hang_seconds
+    """Seconds without a step after which an attempt of the stage hangs; 0 for never.
+
+    A step of compile is a graph, and one graph can take longer than any training's step: no default fits it.
+    """
+    return job.spec.stages.of(stage).hang_seconds or (0 if stage == contract.COMPILE else settings.hang_seconds)
 
 
 def find_hang(
@@ -470,10 +473,12 @@ def _under_way(look: _Look, latest: Attempt, plan: Callable[..., StagePlan]) -> 
         return plan(StageState.STARTING, waiting.reason, message, start=latest.number, wake_at=look_at)
     if running >= job.completions:
         message = f"Attempt {latest.number} runs on {job.completions} pod{'s' if job.completions > 1 else ''}."
+        progress = look.progress if look.progress is not None and _is_posted_by(look.progress, latest) else None
+        if progress is not None and latest.stage == contract.COMPILE:
+            message = f"{message} {graphs_text(progress)}"
         hangs_at = None
         limit = hang_limit(look.job, latest.stage, look.settings)
-        progress = look.progress
-        if limit and progress is not None and progress.advanced_at is not None and _is_posted_by(progress, latest):
+        if limit and progress is not None and progress.advanced_at is not None:
             hangs_at = progress.advanced_at + timedelta(seconds=limit)
         return plan(StageState.RUNNING, Reason.RUNNING, message, start=latest.number, wake_at=hangs_at)
     message = f"Attempt {latest.number}: {running} of {job.completions} pods run."
