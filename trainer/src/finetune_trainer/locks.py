@@ -1,9 +1,6 @@
 """File locks on the shared volume, which the system lets go of when their holder dies.
 
-artifacts.py marks live writers with them; the sources let one process fetch a shared model while others wait. flock is
-used because kernel and file server drop it with the process or its node. On a volume without flock (Lustre mounted
-without the option `flock`) work may be done twice, never wrongly: artifacts are published by rename.
-"""
+artifacts.py marks live writers with them; the sources let one process fetch a shared model while others wait. X"""
 
 from __future__ import annotations
 
@@ -49,6 +46,21 @@ def try_lock(path: Path) -> Attempt:
 def release_lock(descriptor: int | None) -> None:
     """Let go of what try_lock returned; None is fine."""
     if descriptor is not None:
+        os.close(descriptor)
+
+
+@contextmanager
+def shared_lock(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` during the block, together with all who hold it so; waits for one who has it alone."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+        yield
+    finally:
         os.close(descriptor)
 
 

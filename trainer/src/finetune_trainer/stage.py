@@ -26,6 +26,8 @@ from finetune_trainer import contract
 from finetune_trainer.artifacts import ArtifactWriter, artifact_ref, find_artifact, read_manifest, remove_artifact
 from finetune_trainer.contract import ArtifactRef, ContractError, ExitCode, Report, StageConfig
 from finetune_trainer.errors import DeviceOutOfMemory, HostOutOfMemory, RetryableError, StageError, UserError
+from finetune_trainer.neuron_cache import is_still_compiled
+from finetune_trainer.neuron_checks import check_neuron_stage
 from finetune_trainer.spec_checks import Problem, check_parallelism, check_part
 
 VOLATILE_METRICS = frozenset({"seconds", "tokensPerSecond", "resumedFromStep"})
@@ -85,7 +87,8 @@ def finished_report(config: StageConfig, metrics: Mapping[str, Any] | None = Non
 def reusable_report(config: StageConfig) -> Report | None:
     """The report of an earlier run when its artifact, and every artifact it names, still is complete; None otherwise.
 
-    A stage's artifact whose companions are gone (a shared model was deleted) is removed, since it describes them.
+    A stage's artifact whose companions are gone (a shared model was deleted, compiled graphs were) is removed, since it
+    describes them.
     """
     if find_artifact(config.output_path) is None:
         return None
@@ -98,6 +101,10 @@ def reusable_report(config: StageConfig) -> Report | None:
             )
             remove_artifact(config.output_path)
             return None
+    if config.stage == contract.COMPILE and not is_still_compiled(config, os.environ):
+        print(f"{config.output} is complete but its graphs are not in the cache: running the stage again", flush=True)
+        remove_artifact(config.output_path)
+        return None
     return report
 
 

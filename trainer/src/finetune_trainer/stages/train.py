@@ -2,7 +2,8 @@
 
 stage.py calls run() in every pod of the stage. This process is the launcher: it imports no torch, starts torchrun's
 agent (or the one worker itself where there is only one in all), passes SIGTERM on to the workers, and turns the reports
-that they leave in the scratch folder into the pod's. Training is in train_worker.py and training.py.
+that they leave in the scratch folder into the pod's. Training is in train_worker.py and training.py. compile launches
+the same program through Launch.
 
 Every pod of a gang reports the same success, artifact and metrics included, since the ranks agree on them at the end.
 """
@@ -16,7 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +25,25 @@ from types import FrameType
 from typing import Any
 
 from finetune_trainer import contract
+from finetune_trainer.child_output import ChildOutput
+from finetune_trainer.compile_watch import CompileWatch
 from finetune_trainer.contract import ContractError, ExitCode, Report, StageConfig
 from finetune_trainer.cpus import available_cpus
+from finetune_trainer.neuron_cache import compiler_environment
 from finetune_trainer.stages.train_args import TrainArgs, parse_args
 
 WORKER_MODULE = "finetune_trainer.stages.train_worker"
 AGENT_MODULE = "finetune_trainer.stages.train_agent"
 CONFIG_NAME = "stage.json"
+COMPILER = "neuron_parallel_compile"
+"""The vendor's tool: it runs a command in a mode that only traces, then compiles what was traced."""
+TRACE_OPTION = "--trace-steps"
 
 _JOIN_SECONDS = 1800
 """How long a pod waits for the others: another node may still be pulling the image."""
 _POLL_SECONDS = 0.1
+_OUTPUT_SECONDS = 5.0
+"""How long the last words of ranks that were killed may take."""
 _MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 _ROUTES = Path("/proc/net/route")
 
@@ -54,15 +63,25 @@ def run(config: StageConfig) -> Report:
     """Train with this pod's ranks; ContractError when stage.json cannot describe a run."""
     args = parse_args(config)
     node_rank = int(os.environ.get(contract.NODE_RANK_ENV, "0"))
-    _print_arithmetic(config, args, node_rank)
+    print_arithmetic(config, args, node_rank)
     scratch = Path(tempfile.mkdtemp(prefix="train-"))
     try:
         stage_json = scratch / CONFIG_NAME
         stage_json.write_bytes(contract.canonical_json(config.as_json()))
         launch = Launch(config, args, node_rank, scratch)
-        return launch.run()
+        if not is_neuron(config):
+            return launch.run()
+        watch = CompileWatch.open(config, launch.environment())
+        with watch.during():
+            return watch.counted(launch.run(watch.listen))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def is_neuron(config: StageConfig) -> bool:
+    """Whether the ranks run on Trainium, where graphs are compiled."""
+    accelerator = config.spec.get("accelerator")
+    return isinstance(accelerator, Mapping) and accelerator.get("type") == "neuron"
 
 
 def report_path(scratch: Path, rank: int) -> Path:
@@ -77,36 +96,55 @@ def started_path(scratch: Path, rank: int) -> Path:
 
 @dataclass
 class Launch:
-    """One start of this pod's ranks."""
+    """One start of this pod's ranks: the one place that builds their command line and environment.
+
+    With `trace_steps` it is the compile stage's: the vendor's tool around the very program, which then takes so many
+    steps. The tool sets NEURON_EXTRACT_GRAPHS_ONLY, by which torch_neuronx and the program know that nothing is
+    computed. Nothing else may differ, or what is compiled is not what training asks for.
+    """
 
     config: StageConfig
     args: TrainArgs
     node_rank: int
     scratch: Path
+    trace_steps: int = 0
     terminating: bool = False
     process: subprocess.Popen[bytes] | None = None
 
-    def run(self) -> Report:
-        """Start, wait, report. Nothing of the workers outlives this call."""
-        killed_before = _memory_kills()
+    def run(self, listen: Callable[[str], None] | None = None) -> Report:
+        """Start, wait, report. Nothing of the workers outlives this call. `listen` gets each line that they print."""
+        killed_before = memory_kills()
+        pipes: dict[str, Any] = {} if listen is None else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         with self._signals():
-            self.process = subprocess.Popen(self.command(), env=self.environment())
+            self.process = subprocess.Popen(self.command(), env=self.environment(), **pipes)
+            output = ChildOutput(self.process.stdout, listen) if listen and self.process.stdout else None
             if self.terminating:
                 self.terminate()
             code = self._wait(self.process)
-        reports = self._reports()
+        if output is not None:
+            output.close(_OUTPUT_SECONDS)
+        return self.report(code, out_of_memory=memory_kills() > killed_before)
+
+    def report(self, exit_code: int, *, out_of_memory: bool) -> Report:
+        """The pod's report once its process has ended with `exit_code`."""
+        reports = self.reports()
         started = {int(path.name.rsplit("-", 1)[1]) for path in self.scratch.glob("started-*")}
         return pod_report(
             reports,
             silent=sorted(started - reports.keys()),
             expected=self.args.procs_per_node,
-            exit_code=code,
-            out_of_memory=_memory_kills() > killed_before,
+            exit_code=exit_code,
+            out_of_memory=out_of_memory,
             terminated=self.terminating,
             rendezvous=self.config.rendezvous,
         )
 
     def command(self) -> list[str]:
+        """The ranks' command line; around it the compiler's tool where they are only traced."""
+        program = self._program()
+        return [COMPILER, *program, TRACE_OPTION, str(self.trace_steps)] if self.trace_steps else program
+
+    def _program(self) -> list[str]:
         """torchrun's agent with c10d rendezvous, or the worker itself where it is the only one."""
         files = ["--config", str(self.scratch / CONFIG_NAME), "--scratch", str(self.scratch)]
         if self.args.world_size == 1:
@@ -136,7 +174,10 @@ class Launch:
         }
         if self.args.num_nodes > 1 and (interface := _interface_for_peers()):
             defaults["GLOO_SOCKET_IFNAME"] = interface
-        return {**defaults, **os.environ, "TMPDIR": str(self.scratch)}
+        environment = {**defaults, **os.environ, "TMPDIR": str(self.scratch)}
+        if is_neuron(self.config):
+            return compiler_environment(environment, self.config.workspace_path)
+        return environment
 
     def terminate(self) -> None:
         """Ask every worker to write a checkpoint and end; the agent itself where no worker runs yet.
@@ -144,10 +185,10 @@ class Launch:
         torchrun's agent is passed by because it gives its workers 30 s and then kills them.
         """
         self.terminating = True
-        if not self._signal_ranks(signal.SIGTERM) and self.process:
+        if not self.signal_ranks(signal.SIGTERM) and self.process:
             self.process.terminate()
 
-    def _signal_ranks(self, number: signal.Signals) -> bool:
+    def signal_ranks(self, number: signal.Signals) -> bool:
         """Send a signal to every rank that has started; False when none has. A rank that has ended is passed over."""
         pids = [int(path.read_text()) for path in self.scratch.glob("started-*")]
         for pid in pids:
@@ -166,14 +207,15 @@ class Launch:
             try:
                 return process.wait(timeout=_POLL_SECONDS)
             except subprocess.TimeoutExpired:
-                if len(self._reports()) == self.args.procs_per_node:
+                if len(self.reports()) == self.args.procs_per_node:
                     process.kill()
                     code = process.wait()
                     # Ranks that still tidy up would write into the scratch folder while it is removed.
-                    self._signal_ranks(signal.SIGKILL)
+                    self.signal_ranks(signal.SIGKILL)
                     return code
 
-    def _reports(self) -> dict[int, Report]:
+    def reports(self) -> dict[int, Report]:
+        """What the ranks have left so far, by rank."""
         found = {}
         for path in self.scratch.glob("report-*.json"):
             rank = int(path.stem.rsplit("-", 1)[1])
@@ -236,7 +278,8 @@ def _ranks(ranks: Sequence[int]) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(str(rank) for rank in ranks)
 
 
-def _print_arithmetic(config: StageConfig, args: TrainArgs, node_rank: int) -> None:
+def print_arithmetic(config: StageConfig, args: TrainArgs, node_rank: int) -> None:
+    """Say how the ranks and the batch come about; ContractError where the pods could not meet."""
     print(
         f"node {node_rank} of {args.num_nodes}, attempt {config.attempt}: world {args.world_size} = {args.num_nodes} "
         f"nodes x {args.procs_per_node}; global batch {args.global_batch_size} rows = micro batch "
@@ -248,7 +291,7 @@ def _print_arithmetic(config: StageConfig, args: TrainArgs, node_rank: int) -> N
         raise ContractError(f"stage.json: rendezvous is empty and numNodes is {args.num_nodes}: give host:port")
 
 
-def _memory_kills() -> int:
+def memory_kills() -> int:
     """Processes of this container that the kernel killed for memory so far; 0 where it does not say."""
     try:
         lines = _MEMORY_EVENTS.read_text().splitlines()
