@@ -22,6 +22,7 @@ def environment(namespace: str, **env: str) -> dict[str, str]:
     return {
         **inherited,
         "FINETUNE_TRAINER_IMAGE": TRAINER_IMAGE,
+        "FINETUNE_NEURON_IMAGE": TRAINER_IMAGE,
         "FINETUNE_WATCH_NAMESPACES": namespace,
         "FINETUNE_HEALTH_PORT": "0",
         "FINETUNE_RETRY_FIRST_SECONDS": "0.5",

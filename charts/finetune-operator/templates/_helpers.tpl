@@ -76,6 +76,9 @@ trainer:
   image: {{ include "finetune-operator.image" (list . "trainer") | quote }}
   pullPolicy: {{ .Values.images.trainer.pullPolicy }}
   pullSecrets: {{ .Values.images.trainer.pullSecrets | toJson }}
+{{- if .Values.images.neuron.repository }}
+  neuronImage: {{ include "finetune-operator.image" (list . "neuron") | quote }}
+{{- end }}
 watchNamespaces: {{ .Values.watchNamespaces | toJson }}
 logLevel: {{ .Values.logLevel }}
 leaderElection:

@@ -36,6 +36,7 @@ MAX_LOG_LINES = 100
 
 OVERRIDES: Mapping[str, str] = {
     "FINETUNE_TRAINER_IMAGE": "trainer.image",
+    "FINETUNE_NEURON_IMAGE": "trainer.neuronImage",
     "FINETUNE_WATCH_NAMESPACES": "watchNamespaces",
     "FINETUNE_LOG_LEVEL": "logLevel",
     "FINETUNE_HEALTH_PORT": "health.port",
@@ -382,6 +383,7 @@ def _settings(root: _Section) -> Settings:
         root.wrong("currency", currency, "set the three letters of an ISO 4217 code, such as USD")
     return Settings(
         trainer_image=image,
+        neuron_image=trainer.text("neuronImage") or None,
         image_pull_policy=trainer.choice("pullPolicy", PULL_POLICIES, "IfNotPresent"),
         image_pull_secrets=trainer.names("pullSecrets"),
         priority_class=root.name("stagePriorityClassName") or None,

@@ -191,7 +191,7 @@ def planned_starts(
         if plan is not None and plan.start is not None:
             starts[stage] = plan.start
             continue
-        default = settings.of(stage).image or settings.trainer_image
+        default = settings.image_of(stage, job.spec.accelerator.type)
         config, digest = stage_config(job, stage, {}, job.spec.stages.of(stage).image or default, settings)
         starts[stage] = start_attempt(job, stage, 1, config, digest, default, settings, device_resource)
     return starts
@@ -234,7 +234,12 @@ def check_job(job: FineTuneJob, pipeline: Pipeline, settings: Settings) -> Prefl
 
 def check_features(job: FineTuneJob, settings: Settings) -> Waiting | None:
     """What the spec asks for and this installation does not have, as a refusal; None when it has all of it."""
-    problems = unavailable_features(job.spec, settings.features, queue_enabled=settings.queue_enabled)
+    lacks_image = [
+        stage for stage in stage_names(job) if settings.lacks_neuron_image(stage) and not is_skipped(job, stage)
+    ]
+    problems = unavailable_features(
+        job.spec, settings.features, queue_enabled=settings.queue_enabled, lacks_image=lacks_image
+    )
     return Waiting(Reason.FEATURE_NOT_AVAILABLE, "; ".join(map(str, problems))) if problems else None
 
 

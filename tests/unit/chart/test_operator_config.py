@@ -79,6 +79,7 @@ instanceTypes:
     config = configure(
         *("--set", "watchNamespaces={research,team-b}", "--set", "logLevel=debug", "--set", "progress.enabled=false"),
         *("--set", "images.trainer.pullSecrets={pull}", "--set", "images.trainer.pullPolicy=Always"),
+        *("--set", "images.neuron.repository=registry.test/neuron,images.neuron.tag=sha256:0123"),
         *("--set", "stagePriorityClassName=low", "--set", "currency=EUR", "--set", "metrics.enabled=false"),
         *("--set", "retry.firstSeconds=1,retry.longestSeconds=2"),
         *("--set", "retry.infrastructureFirstSeconds=3,retry.infrastructureLongestSeconds=4"),
@@ -96,6 +97,7 @@ instanceTypes:
     assert config == OperatorConfig(
         Settings(
             trainer_image="registry.test/tr:0.1.0",
+            neuron_image="registry.test/neuron@sha256:0123",
             image_pull_policy="Always",
             image_pull_secrets=("pull",),
             priority_class="low",

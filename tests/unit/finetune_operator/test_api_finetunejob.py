@@ -178,6 +178,7 @@ def test_what_a_later_release_does_is_named(change: dict[str, Any], fields: list
 
 
 TRAINIUM = {
+    "dataset": {"packing": "none"},
     "accelerator": {"type": "neuron", "instanceType": "ml.trn1.32xlarge"},
     "parallelism": {"tensorParallelSize": 8, "pipelineParallelSize": 2},
     "compile": {},
@@ -206,6 +207,28 @@ def test_a_queue_is_refused_where_the_installation_serves_none() -> None:
     (problem,) = unavailable_features(make_job(queue={"name": "research"}).spec, queue_enabled=False)
     assert (problem.field, problem.value) == ("spec.queue", "research")
     assert "is not available in this installation; remove it" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        pytest.param({}, "stages.compile.image and stages.train.image", id="no image of its own"),
+        pytest.param(
+            {"stages": {"compile": {"image": "a/b:1"}}}, "name an image for it in stages.train.image", id="one of two"
+        ),
+    ],
+)
+def test_a_neuron_job_is_refused_where_no_image_can_use_its_devices(change: dict[str, Any], told: str) -> None:
+    spec = make_job(**TRAINIUM, **change).spec
+    (problem,) = unavailable_features(spec, {"Neuron": True}, lacks_image=("compile", "train"))
+    assert (problem.field, problem.value) == ("spec.accelerator.type", "neuron")
+    assert "have the chart's images.neuron set" in problem.message
+    assert problem.message.endswith(told)
+
+
+def test_a_neuron_job_that_names_its_own_images_needs_none_of_the_installation() -> None:
+    spec = make_job(**TRAINIUM, stages={name: {"image": "a/b:1"} for name in ("compile", "train")}).spec
+    assert unavailable_features(spec, {"Neuron": True}, lacks_image=("compile", "train")) == ()
 
 
 def test_prompts_may_have_as_many_characters_as_the_annotation_holds() -> None:

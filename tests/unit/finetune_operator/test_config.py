@@ -50,7 +50,8 @@ def test_the_defaults_of_the_file_are_those_of_the_settings(read: Read) -> None:
 
 
 EVERYTHING = """
-trainer: {image: registry.example/trainer:2, pullPolicy: Always, pullSecrets: [pull]}
+trainer:
+  {image: registry.example/trainer:2, neuronImage: registry.example/neuron:2, pullPolicy: Always, pullSecrets: [pull]}
 watchNamespaces: [research, team-b]
 logLevel: debug
 stagePriorityClassName: low
@@ -80,6 +81,7 @@ currency: EUR
 def test_everything_arrives(read: Read) -> None:
     core = Settings(
         trainer_image="registry.example/trainer:2",
+        neuron_image="registry.example/neuron:2",
         image_pull_policy="Always",
         image_pull_secrets=("pull",),
         priority_class="low",
@@ -133,6 +135,7 @@ def test_the_endpoint_is_part_of_the_settings_once_its_certificate_is_known(read
 def test_a_variable_comes_before_the_file(read: Read) -> None:
     variables = {
         "FINETUNE_TRAINER_IMAGE": "registry.example/trainer:3",
+        "FINETUNE_NEURON_IMAGE": "registry.example/neuron:3",
         "FINETUNE_WATCH_NAMESPACES": "one, two",
         "FINETUNE_LOG_LEVEL": "error",
         "FINETUNE_HEALTH_PORT": "0",
@@ -151,6 +154,7 @@ def test_a_variable_comes_before_the_file(read: Read) -> None:
         core=replace(
             before.core,
             trainer_image="registry.example/trainer:3",
+            neuron_image="registry.example/neuron:3",
             retry=replace(before.core.retry, counted_first=0.5),
             features={"Neuron": False, "Cuda": True, "Publish": False},
         ),

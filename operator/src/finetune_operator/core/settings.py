@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from finetune_operator.core.accelerators.instances import BUILT_IN, InstanceType
+from finetune_operator.core.accelerators.whole_node import DEVICE_STAGES
 from finetune_operator.core.model_shapes import BUILT_IN_SHAPES, ModelShape
 from finetune_trainer import contract
 
@@ -38,7 +39,7 @@ class StageDefaults:
     tolerations: tuple[Mapping[str, Any], ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     image: str | None = None
-    """Image of the stage in place of Settings.trainer_image."""
+    """Image of the stage in place of those of Settings."""
     termination_grace_seconds: int = 30
     """Seconds between SIGTERM and SIGKILL: long enough for train to write a checkpoint."""
 
@@ -83,6 +84,8 @@ class Settings:
     """The installation's choices. `trainer_image` should be tagged by content: it is part of every stage's digest."""
 
     trainer_image: str
+    neuron_image: str | None = None
+    """Image of the stages with devices of jobs on Neuron devices, in place of trainer_image; None: there is none."""
     image_pull_policy: str = "IfNotPresent"
     image_pull_secrets: tuple[str, ...] = ()
     priority_class: str | None = None
@@ -108,6 +111,18 @@ class Settings:
     def has(self, feature: str) -> bool:
         """Whether a feature gate is on. KeyError for a name that FEATURES does not have."""
         return self.features.get(feature, FEATURES[feature])
+
+    def image_of(self, stage: str, accelerator: str) -> str:
+        """Image of a stage of a job with this accelerator.type where the job itself names none.
+
+        An image for one stage comes before that for Neuron devices, and that before the one for all stages.
+        """
+        on_neuron = accelerator == "neuron" and stage in DEVICE_STAGES
+        return self.of(stage).image or (self.neuron_image if on_neuron else None) or self.trainer_image
+
+    def lacks_neuron_image(self, stage: str) -> bool:
+        """Whether a Neuron job's stage would run in the image for all stages, which cannot use its devices."""
+        return stage in DEVICE_STAGES and self.neuron_image is None and self.of(stage).image is None
 
     def of(self, stage: str) -> StageDefaults:
         """The defaults of a stage; built-in ones where the installation has none."""

@@ -137,7 +137,7 @@ def _held_back(stage: StagePlan) -> StagePlan:
 def _image(job: FineTuneJob, stage: str, observed: Observed, settings: Settings) -> tuple[str, str]:
     """(image of the stage, default image it was begun with). A started stage keeps the default of its start."""
     begun = next((a.default_image for a in reversed(observed.of_stage(stage)) if _keeps_image(a)), None)
-    default = begun or settings.of(stage).image or settings.trainer_image
+    default = begun or settings.image_of(stage, job.spec.accelerator.type)
     return job.spec.stages.of(stage).image or default, default
 
 
