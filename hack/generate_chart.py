@@ -80,7 +80,12 @@ MODELS: dict[str, Any] = {
         "type": "object",
         "additionalProperties": False,
         "required": list(_SIZES),
-        "properties": {**dict.fromkeys(_SIZES, COUNT), "tied": {"type": "boolean"}},
+        "properties": {
+            **dict.fromkeys(_SIZES, COUNT),
+            "tied": {"type": "boolean"},
+            "biased": {"type": "boolean"},
+            "modelType": {"type": "string", "pattern": "^[a-z0-9_-]+$"},
+        },
     },
 }
 SHAPES: dict[str, dict[str, Any]] = {

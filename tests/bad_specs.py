@@ -25,6 +25,7 @@ class BadSpec:
     """metadata.name of the object."""
 
 
+TRAINIUM = {"type": "neuron", "instanceType": "ml.trn1.32xlarge"}
 _SOURCE = "hf://org/name, s3://bucket/prefix or workspace:///path"
 
 BAD_SPECS = (
@@ -187,6 +188,58 @@ BAD_SPECS = (
         "method.lora.variant is dora, which is for accelerator types cpu and cuda",
     ),
     BadSpec(
+        "modules trained as a whole on Trainium",
+        "spec.method.lora.modulesToSave",
+        {"method": {"lora": {"modulesToSave": ["lm_head"]}}, "accelerator": TRAINIUM},
+        "method.lora.modulesToSave is for accelerator types cpu and cuda",
+    ),
+    BadSpec(
+        "an adapter on one block of a model on Trainium",
+        "spec.method.lora.targetModules",
+        {"method": {"lora": {"targetModules": ["q_proj", "layers.3.mlp.down_proj"]}}, "accelerator": TRAINIUM},
+        "by these names alone",
+        ours="remove layers.3.mlp.down_proj",
+    ),
+    BadSpec(
+        "an adapter on a layer that Trainium's models do not have",
+        "spec.method.lora.targetModules",
+        {"method": {"lora": {"targetModules": ["query_key_value"]}}, "accelerator": TRAINIUM},
+        "must be all-linear or some of q_proj, k_proj, v_proj",
+    ),
+    BadSpec(
+        "an adapter on half of a fused layer",
+        "spec.method.lora.targetModules",
+        {"method": {"lora": {"targetModules": ["q_proj", "up_proj"]}}, "accelerator": TRAINIUM},
+        "both of gate_proj and up_proj or none",
+        ours="add gate_proj",
+    ),
+    BadSpec(
+        "float32 on Trainium",
+        "spec.training.precision",
+        {"training": {"precision": "fp32"}, "accelerator": TRAINIUM},
+        "training.precision is fp32, and with accelerator type neuron it must be bf16",
+    ),
+    BadSpec(
+        "rows that the flash attention kernel does not take",
+        "spec.dataset.maxLength",
+        {"dataset": {"maxLength": 5000, "packing": "none"}, "accelerator": TRAINIUM},
+        "must be a multiple of 2048 with accelerator type neuron, where the flash attention kernel takes no other "
+        "length, is 5000",
+        ours="use 4096 or 6144",
+    ),
+    BadSpec(
+        "packed rows that flash attention cannot keep apart",
+        "spec.dataset.packing",
+        {"dataset": {"maxLength": 4096, "packing": "bestFit"}, "accelerator": TRAINIUM},
+        "maxLength is 4096 and pipelineParallelSize 1: use none (a record a row), or wrapped",
+    ),
+    BadSpec(
+        "packed rows that pipeline stages cannot keep apart",
+        "spec.dataset.packing",
+        {"parallelism": {"pipelineParallelSize": 2}, "accelerator": TRAINIUM},
+        "maxLength is 256 and pipelineParallelSize 2: use none (a record a row), or wrapped",
+    ),
+    BadSpec(
         "no target module",
         "spec.method.lora.targetModules",
         {"method": {"lora": {"targetModules": []}}},
@@ -228,6 +281,18 @@ BAD_SPECS = (
         "spec.evaluate.gate",
         {"evaluate": {"enabled": False, "gate": {"maxLossRatioToBase": 0.9}}},
         "evaluate.gate needs a held-out loss",
+    ),
+    BadSpec(
+        "held-out loss without held-out records",
+        "spec.training.evaluateEverySteps",
+        {"dataset": {"validationPercent": 0}, "training": {"evaluateEverySteps": 5}},
+        "training.evaluateEverySteps needs held-out records",
+    ),
+    BadSpec(
+        "held-out loss every no step",
+        "spec.training.evaluateEverySteps",
+        {"training": {"evaluateEverySteps": 0}},
+        ours="at least 1",
     ),
     BadSpec(
         "an evaluation of nothing",

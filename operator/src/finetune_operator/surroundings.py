@@ -34,12 +34,15 @@ from finetune_operator.core.model_shapes import ModelShape, find_shape
 from finetune_operator.core.observed import Claim, Observed
 from finetune_operator.core.parallelism import Parallelism
 from finetune_operator.core.plan import derive_plan
-from finetune_operator.core.pods import Placement, container_resources
+from finetune_operator.core.pods import Placement, container_env, container_resources
 from finetune_operator.core.preflight import (
     Findings,
     check_cluster,
+    check_environments,
+    check_pair,
     check_spec,
     memory_limit,
+    pair_doubts,
     parse_claim,
     parse_cluster_queue,
     parse_quota,
@@ -228,7 +231,14 @@ def check_job(job: FineTuneJob, pipeline: Pipeline, settings: Settings) -> Prefl
         return Preflight(parallelism, shape, instance, memory, Findings())
     problems = check_spec(job, parallelism, shape, instance, pod_memory_bytes=memory)
     doubts = spec_doubts(job, parallelism, shape, instance, pod_memory_bytes=memory)
-    refused = Waiting(Reason.INVALID_SPEC, "; ".join(map(str, problems))) if problems else None
+    refused = None
+    if job.spec.accelerator.type == "neuron":
+        stages = [stage for stage in (contract.COMPILE, contract.TRAIN) if not is_skipped(job, stage)]
+        images = [job.spec.stages.of(stage).image or settings.image_of(stage, "neuron") for stage in stages]
+        refused, doubts = check_pair(instance, images), (*doubts, *pair_doubts(instance, images))
+        problems = (*problems, *check_environments({stage: container_env(job, stage, settings) for stage in stages}))
+    if problems:
+        refused = refused or Waiting(Reason.INVALID_SPEC, "; ".join(map(str, problems)))
     return Preflight(parallelism, shape, instance, memory, Findings(refused, doubts))
 
 
@@ -339,7 +349,8 @@ async def check_surroundings(
 ) -> tuple[Observed, Waiting | None]:
     """(observed with what was looked up, what keeps the attempt from being begun or None).
 
-    `jobs` are those of the attempt and of the stages after it.
+    `jobs` makes those of the attempt and of the stages after it; asked only where there is a quota or queue to hold
+    them against.
     """
     name = job.spec.workspace.claim_name
     references = [secret_references(job)[secret] for secret in start.config.secrets]

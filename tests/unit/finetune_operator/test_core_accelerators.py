@@ -179,8 +179,10 @@ def test_a_request_never_exceeds_the_node_and_grows_with_it(vcpus: int, memory: 
 
 NEURON_ENV = {
     "NEURON_RT_NUM_CORES": "32",
-    "NEURON_CC_FLAGS": "--model-type transformer --distribution-strategy=llm-training --enable-saturate-infinity "
+    "NEURON_CC_FLAGS": "--model-type=transformer --distribution-strategy=llm-training --enable-saturate-infinity "
     "--cache_dir=/workspace/finetune/neuron-cache",
+    "NEURON_COMPILE_CACHE_URL": "/workspace/finetune/neuron-cache",
+    "HF_HUB_OFFLINE": "1",
     "NEURON_FUSE_SOFTMAX": "1",
     "NEURON_RT_STOCHASTIC_ROUNDING_EN": "1",
     "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS": "5",
@@ -193,7 +195,8 @@ EFA_ENV = {"FI_PROVIDER": "efa", "FI_EFA_USE_HUGE_PAGE": "0"}
 def test_one_trainium_node_is_taken_whole_and_needs_no_network() -> None:
     neuron = accelerators.of(job("neuron", "ml.trn1.32xlarge"))
     assert neuron.procs_per_node == 32
-    assert neuron.env("train") == NEURON_ENV
+    flags = NEURON_ENV["NEURON_CC_FLAGS"].replace("--cache_dir", "--target=trn1 --cache_dir")
+    assert neuron.env("train") == {**NEURON_ENV, "NEURON_CC_FLAGS": flags}
     assert neuron.resources("train") == {"aws.amazon.com/neuron": "16"}
     assert neuron.requests("train") == {"cpu": "119", "memory": "461Gi"}
     assert neuron.node_selector("train") == {"node.kubernetes.io/instance-type": "ml.trn1.32xlarge"}

@@ -39,17 +39,51 @@ ON_TRAINIUM = {"accelerator": {"type": "neuron", "instanceType": "ml.trn1.32xlar
     ("where", "precision", "states"),
     [
         pytest.param({}, "fp32", (4, 4, 8), id="float32 Adam: 4 + 4 + 8 bytes a parameter"),
-        pytest.param(ON_TRAINIUM, "bf16", (2, 2, 12), id="Trainium in bf16: 2 + 2 + 12, a float32 copy among them"),
-        pytest.param(ON_TRAINIUM, "fp32", (4, 4, 8), id="Trainium in fp32: 4 + 4 + 8"),
+        pytest.param(ON_TRAINIUM, "bf16", (2, 4, 12), id="Trainium: 2 + 4 + 12, gradients and a copy in float32"),
     ],
 )
-def test_full_training_holds_sixteen_bytes_a_parameter(
+def test_full_training_holds_so_many_bytes_a_parameter(
     where: dict[str, Any], precision: str, states: tuple[int, int, int]
 ) -> None:
     spec = make_job(method=FULL, training={"precision": precision}, **where).spec
     found = estimate_memory(spec, spread(), LLAMA_8B)
     parts = (found.weights, found.gradients, found.optimizer)
     assert parts == tuple(size * LLAMA_8B.parameters for size in states)
+
+
+def test_on_trainium_data_parallel_ranks_share_the_optimizer_and_nothing_else() -> None:
+    spec = make_job(method=FULL, **ON_TRAINIUM).spec
+    alone, four = (estimate_memory(spec, spread(tp=8, dp=dp), LLAMA_8B) for dp in (1, 4))
+    assert (
+        (four.weights, four.gradients)
+        == (alone.weights, alone.gradients)
+        == (2 * 8_030_261_248 / 8, 4 * 8_030_261_248 / 8)
+    )
+    assert alone.optimizer == 4 * four.optimizer == 12 * 8_030_261_248 / 8
+
+
+def test_the_walkthroughs_adapter_on_a_neuroncore() -> None:
+    adapter = 6_815_744
+    spec = make_job(method=LORA, **ON_TRAINIUM).spec
+    found = estimate_memory(spec, spread(tp=8, dp=4), LLAMA_8B)
+    assert found.weights == 2 * (8_030_261_248 / 8 + adapter)
+    assert (found.gradients, found.optimizer) == (4 * adapter, 3 * adapter)
+
+
+def test_ranks_that_are_more_than_kv_heads_hold_a_whole_head_each() -> None:
+    spec = make_job(method=FULL, **ON_TRAINIUM).spec
+    keys_and_values = 32 * 2 * 4096 * 1024
+    found = estimate_memory(spec, spread(tp=32), LLAMA_8B).weights
+    assert found == pytest.approx(2 * ((8_030_261_248 - keys_and_values) / 32 + keys_and_values / 8))
+
+
+def test_eager_attention_on_trainium_keeps_its_scores_and_flash_attention_does_not() -> None:
+    eager, flash = (
+        make_job(method=FULL, dataset={"maxLength": length, "packing": "wrapped"}, **ON_TRAINIUM).spec
+        for length in (2048, 4096)
+    )
+    short, long = (estimate_memory(spec, spread(tp=8), LLAMA_8B).activations for spec in (eager, flash))
+    assert short - long / 2 == pytest.approx(32 * 6 * (32 / 8) * 2048 * 2048)
 
 
 def test_full_training_in_bf16_has_float32_weights_and_a_copy_of_every_matrix_it_multiplies_with() -> None:

@@ -95,9 +95,9 @@ def test_the_plan_shows_the_jobs_the_estimate_and_the_price() -> None:
     assert plan.estimate is not None
     assert plan.estimate.device_memory_gib == 16
     assert plan.estimate.parts == MemoryParts(
-        weights=1.9, gradients=0.0254, optimizer=0.0508, activations=3.62, logits=0.428
+        weights=1.88, gradients=0.0254, optimizer=0.00952, activations=6.63, logits=0.428
     )
-    assert plan.estimate.memory_gib_per_device == 6.02
+    assert plan.estimate.memory_gib_per_device == 8.97
     # 1200 steps of 24 rows of 2048 tokens, 4 operations for each frozen parameter, on 32 devices of 190 TFLOPS at 35 %
     flops = 1200 * 24 * 2048 * (4 * 8_030_261_248 + 6 * ADAPTER)
     hours = flops / (2 * 16 * 190e12 * 0.35) / 3600
@@ -109,7 +109,7 @@ def test_the_plan_shows_the_jobs_the_estimate_and_the_price() -> None:
     )
     assert "35% of the devices' bf16 peak" in plan.estimate.assumptions
     assert PlanStatus.model_validate_json(plan.model_dump_json(by_alias=True)) == plan
-    assert FineTuneJobStatus(plan=plan).as_json()["plan"]["estimate"]["parts"]["optimizer"] == 0.0508
+    assert FineTuneJobStatus(plan=plan).as_json()["plan"]["estimate"]["parts"]["optimizer"] == 0.00952
 
 
 ABSENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -120,7 +120,14 @@ ABSENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "trainHours: spec.training.epochs is a number of steps only after prepare",
     ),
     "nodes of unknown speed": ({}, {"instance": replace(TRN1, bf16_tflops_per_device=None)}, "speed of these nodes"),
-    "another precision": ({"training": {"precision": "fp32"}}, {}, "for precision bf16 only"),
+    "another precision": (
+        {
+            "training": {"precision": "fp32", "maxSteps": 1200},
+            "accelerator": {"type": "cuda", "instanceType": "ml.p5.48xlarge", "nodes": 4},
+        },
+        {},
+        "for precision bf16 only",
+    ),
 }
 
 
@@ -143,6 +150,18 @@ def test_without_a_price_there_is_a_time_and_no_cost() -> None:
     assert plan.estimate is not None
     assert plan.estimate.train_hours is not None
     assert "no pricePerHour is configured" in plan.estimate.assumptions
+
+
+def test_a_plan_for_trainium_has_all_cores_and_says_what_ranks_share() -> None:
+    job = trainium()
+    plan = derive_plan(job, SETTINGS, JOBS, spread(job, 32), LLAMA_8B, TRN1)
+    assert (plan.world_size, plan.data_parallel_size, plan.global_batch_size) == (64, 8, 24)
+    assert plan.trainable_parameters == ADAPTER
+    assert plan.estimate is not None
+    assert plan.estimate.device_memory_gib == 16
+    assert plan.estimate.parts is not None
+    assert plan.estimate.parts.weights == 1.88, "two bytes of an eighth of the model"
+    assert "shared by data parallel ranks (ZeRO-1), eager attention for rows of up to 2048" in plan.estimate.assumptions
 
 
 def test_prepares_count_of_steps_wins_over_the_spec() -> None:

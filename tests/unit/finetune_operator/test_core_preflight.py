@@ -22,8 +22,11 @@ from finetune_operator.core.preflight import (
     PodRequests,
     Quota,
     check_cluster,
+    check_environments,
+    check_pair,
     check_spec,
     memory_limit,
+    pair_doubts,
     parse_claim,
     parse_cluster_queue,
     parse_quota,
@@ -36,6 +39,7 @@ BLOOMZ_7B = BUILT_IN_SHAPES["bigscience/bloomz-7b1"]
 TRN1, TRN2, G5 = BUILT_IN["ml.trn1.32xlarge"], BUILT_IN["ml.trn2.48xlarge"], BUILT_IN["ml.g5.12xlarge"]
 JOB = make_job()
 LORA = {"lora": {"rank": 16, "targetModules": ["q_proj", "v_proj"]}}
+ON_OUTPUT = {"lora": {"rank": 16, "targetModules": ["o_proj"]}}
 
 
 def trainium(*, tp: int = 8, pp: int = 1, instance: InstanceType = TRN1, nodes: int = 1, **spec: Any) -> FineTuneJob:
@@ -80,7 +84,7 @@ def test_the_examples_plans_are_sound() -> None:
 TENSOR, PIPELINE = "spec.parallelism.tensorParallelSize", "spec.parallelism.pipelineParallelSize"
 SPLITS: dict[str, tuple[FineTuneJob, ModelShape, InstanceType, str, list[str]]] = {
     "heads that the tensor parallel size does not divide": (
-        trainium(tp=16),
+        trainium(tp=16, method=ON_OUTPUT),
         replace(LLAMA_8B, heads=24, kv_heads=24, hidden_size=3072),
         TRN1,
         TENSOR,
@@ -101,21 +105,21 @@ SPLITS: dict[str, tuple[FineTuneJob, ModelShape, InstanceType, str, list[str]]] 
         ["vocabulary (50257)", "use 1"],
     ),
     "kv heads that are neither divided nor copied evenly": (
-        trainium(tp=16),
+        trainium(tp=16, method=ON_OUTPUT),
         replace(LLAMA_8B, heads=48, kv_heads=12, hidden_size=6144),
         TRN1,
         TENSOR,
         ["neither divides the model's key and value heads (12) nor is", "use 4"],
     ),
     "copied kv heads on trn2": (
-        trainium(tp=16, instance=TRN2),
+        trainium(tp=16, instance=TRN2, method=ON_OUTPUT),
         LLAMA_8B,
         TRN2,
         TENSOR,
         ["tensorParallelSize 16 is more than the model's key and value heads (8)", "trn2", "use 8"],
     ),
     "layers that the pipeline size does not divide": (
-        trainium(tp=1, pp=32),
+        trainium(tp=1, pp=32, dataset={"packing": "none"}),
         replace(LLAMA_8B, layers=30),
         TRN1,
         PIPELINE,
@@ -135,7 +139,85 @@ def test_a_split_that_does_not_come_out_even_is_refused_with_the_numbers(
 
 
 def test_copied_kv_heads_are_sound_on_trn1() -> None:
-    assert problems(trainium(tp=32), LLAMA_8B, TRN1) == {}
+    assert problems(trainium(tp=32, method=ON_OUTPUT), LLAMA_8B, TRN1) == {}
+
+
+def test_the_walkthroughs_adapter_is_offered_its_third_layer_where_heads_are_shared() -> None:
+    message = problems(trainium(tp=32), LLAMA_8B, TRN1)["spec.method.lora.targetModules"]
+    assert "q_proj, v_proj without k_proj: add k_proj to targetModules, or use tensorParallelSize 8" in message
+    assert problems(gpu(), LLAMA_8B, None) == {}, "on other accelerators any module has an adapter of its own"
+
+
+def test_a_model_that_the_vendor_does_not_train_is_refused_as_soon_as_its_type_is_known() -> None:
+    found = problems(trainium(tp=4), BUILT_IN_SHAPES["mistralai/mistral-7b-v0.1"], TRN1)
+    assert list(found) == ["spec.model.source"]
+    assert "model type mistral cannot be trained on Trainium" in found["spec.model.source"]
+    assert problems(trainium(tp=4), replace(LLAMA_8B, model_type=""), TRN1) == {}, "nobody told it yet"
+
+
+def test_several_trainium_nodes_without_efa_cannot_train_together() -> None:
+    small = BUILT_IN["ml.trn1.2xlarge"]
+    found = problems(trainium(tp=2, instance=small, nodes=2), None, small)
+    assert list(found) == ["spec.accelerator.nodes"]
+    assert (
+        "2 nodes of ml.trn1.2xlarge cannot train together: it has no EFA interface" in found["spec.accelerator.nodes"]
+    )
+    assert problems(trainium(tp=2, instance=small), None, small) == problems(trainium(nodes=2), None, TRN1) == {}
+
+
+def test_more_than_a_neuroncore_has_is_refused_with_the_parts() -> None:
+    full = {"type": "full", "lora": None}
+    message = problems(trainium(tp=8, method=full), BUILT_IN_SHAPES["meta-llama/meta-llama-3-70b"], TRN1)
+    words = message["spec.accelerator.instanceType"]
+    assert "on each NeuronCore of ml.trn1.32xlarge, 16.0 GiB are there (weights 16.4" in words
+    assert "raise parallelism.tensorParallelSize" in words
+
+
+# ---- what the pods of compile and train run in
+
+
+@pytest.mark.parametrize(
+    ("instance", "images", "words"),
+    [
+        pytest.param(
+            TRN1, ("r/x:sdk2.28.0", "r/x:sdk2.28.0"), ["2.28.0", "SDK 2.26.0"], id="an image that cannot train"
+        ),
+        pytest.param(BUILT_IN["ml.inf2.48xlarge"], ("r/x:1",), ["2.26.0", "inference"], id="Inferentia"),
+    ],
+)
+def test_an_instance_and_an_sdk_that_are_known_not_to_work_are_refused(
+    instance: InstanceType, images: tuple[str, ...], words: list[str]
+) -> None:
+    refused = check_pair(instance, images)
+    assert refused is not None
+    assert refused.reason is Reason.UNSUPPORTED_INSTANCE_SDK_PAIR
+    assert [word for word in (instance.name, *words) if word not in refused.message] == []
+
+
+def test_a_pair_that_works_or_is_doubtful_is_not_refused() -> None:
+    assert check_pair(TRN1, ("r/x:1",)) is check_pair(TRN2, ("r/x:1",)) is check_pair(G5, ("r/x:1",)) is None
+    assert pair_doubts(TRN1, ("r/x:1",)) == pair_doubts(G5, ("r/x:1",)) == pair_doubts(None, ()) == ()
+    (doubt,) = pair_doubts(TRN2, ("r/x:1", "r/x:1"))
+    assert "train apart there" in doubt
+
+
+SAME = {"NEURON_CC_FLAGS": "--model-type transformer --cache_dir=/c", "OMP_NUM_THREADS": "1"}
+
+
+def test_compile_and_train_must_compile_alike_into_one_cache() -> None:
+    assert check_environments({"compile": SAME, "train": SAME}) == check_environments({"train": SAME}) == ()
+    assert check_environments({"compile": {**SAME, "OMP_NUM_THREADS": "8"}, "train": SAME}) == ()
+    other = {**SAME, "NEURON_CC_FLAGS": "--model-type=transformer -O1 --cache_dir=/d"}
+    found = [str(problem) for problem in check_environments({"compile": other, "train": SAME})]
+    assert len(found) == 2
+    assert "spec.stages.compile.env: NEURON_CC_FLAGS is '--model-type=transformer -O1' in compile" in found[0]
+    assert "the cache is {'NEURON_CC_FLAGS': '/d'} in compile" in found[1]
+
+
+def test_a_cache_with_a_dot_is_refused_where_it_was_set() -> None:
+    (problem,) = check_environments({"train": {"NEURON_COMPILE_CACHE_URL": "/fsx/llama3.1"}})
+    assert problem.field == "spec.stages.train.env"
+    assert "use /fsx/llama3-1" in problem.message
 
 
 @given(
@@ -170,14 +252,8 @@ def test_every_size_that_is_advised_is_sound(tp: int, pp: int, name: str, instan
 
 @pytest.mark.parametrize("length", [16, 1000, 2048, 4096, 131072])
 def test_rows_of_a_length_for_neuron_are_sound(length: int) -> None:
-    assert "spec.dataset.maxLength" not in problems(trainium(dataset={"maxLength": length}), None, TRN1)
-
-
-def test_longer_rows_on_neuron_must_be_multiples_of_2048_before_anything_else_is_known() -> None:
-    found = problems(trainium(dataset={"maxLength": 5000}), None, TRN1)
-    assert list(found) == ["spec.dataset.maxLength"]
-    assert "is 5000: use 4096 or 6144" in found["spec.dataset.maxLength"]
-    assert problems(gpu(dataset={"maxLength": 5000}), None, G5) == {}
+    job = trainium(dataset={"maxLength": length, "packing": "wrapped"})
+    assert problems(job, None, TRN1) == {}
 
 
 @pytest.mark.parametrize(

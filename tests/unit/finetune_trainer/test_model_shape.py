@@ -34,12 +34,12 @@ def write(folder: Path, config: dict[str, Any], *shards: dict[str, np.ndarray]) 
     [
         pytest.param(LLAMA, GROUPED, id="llama"),
         pytest.param({"text_config": LLAMA, "hidden_size": 99}, GROUPED, id="the text part of a model of several"),
-        pytest.param(BLOOM, PLAIN, id="bloom"),
+        pytest.param(BLOOM, {**PLAIN, "modelType": "bloom"}, id="bloom"),
         pytest.param(GPT2, PLAIN, id="gpt2"),
     ],
 )
 def test_sizes_are_found_under_the_words_of_each_family(
-    config: dict[str, Any], expected: dict[str, int], tmp_path: Path
+    config: dict[str, Any], expected: dict[str, Any], tmp_path: Path
 ) -> None:
     embedding, matrix = np.zeros((11, 8), np.float32), np.zeros((8, 8), np.float16)
     buffer = np.arange(5)
@@ -58,3 +58,11 @@ def test_a_second_matrix_of_the_embeddings_size_unties_them(tmp_path: Path) -> N
 def test_a_config_without_a_size_gives_none(missing: str, tmp_path: Path) -> None:
     config = {key: value for key, value in LLAMA.items() if key != missing}
     assert read_model_shape(write(tmp_path, config, {"a": np.zeros(1, np.float32)})) is None
+
+
+def test_the_model_type_is_told_and_biases_where_a_family_can_do_without(tmp_path: Path) -> None:
+    shape = read_model_shape(
+        write(tmp_path, {**LLAMA, "model_type": "llama", "attention_bias": True}, {"a": np.zeros(1, np.float32)})
+    )
+    assert shape is not None
+    assert (shape["modelType"], shape["biased"]) == ("llama", True)

@@ -144,6 +144,7 @@ def test_the_report_has_the_sizes_of_the_model(base: Path, monkeypatch: pytest.M
         "vocabSize": len(weights["model.embed_tokens.weight"]),
         "parameters": sum(tensor.size for tensor in weights.values()),
         "tied": False,
+        "modelType": "llama",
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from finetune_trainer.artifacts import read_tensor_header
 from finetune_trainer.errors import UserError
 from finetune_trainer.model_files import read_model_config
+from finetune_trainer.neuron_rules import has_biases
 
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "hiddenSize": ("hidden_size", "n_embd", "d_model"),
@@ -32,7 +33,8 @@ def read_model_shape(folder: Path) -> dict[str, Any] | None:
 
     `parameters` counts the numbers in the files, so tied embeddings once; `tied` says that they hold one matrix of
     vocabSize x hiddenSize and not two. A family without a key for it has as many kv heads as heads, and an MLP four
-    times as wide as its hidden state.
+    times as wide as its hidden state. `modelType` is config.json's model_type, where it has one; `biased` is there
+    where attention or MLP layers have biases in a family that can do without.
     """
     config = read_model_config(folder)
     nested = config.get("text_config")
@@ -48,6 +50,10 @@ def read_model_shape(folder: Path) -> dict[str, Any] | None:
     sizes["parameters"] = sum(math.prod(shape) for shape in weights)
     embedding = [sizes["vocabSize"], sizes["hiddenSize"]]
     sizes["tied"] = sum(shape == embedding for shape in weights) < 2
+    if isinstance(config.get("model_type"), str):
+        sizes["modelType"] = config["model_type"]
+    if has_biases(config):
+        sizes["biased"] = True
     return sizes
 
 

@@ -27,6 +27,19 @@ CONTEXT_FORMATS = ("dolly", "alpaca", "messages", "sharegpt", "template")
 
 ALL_LINEAR = "all-linear"
 
+MAX_SPLIT = 64
+"""Largest size that spec.parallelism takes."""
+
+NEURON_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a block in the model types that train on Trainium: what all-linear stands for there."""
+
+NEURON_TARGETS = (*NEURON_LINEAR, "embed_tokens", "lm_head")
+"""Modules that can have an adapter on Trainium: the vendor has a LoRA layer for each (optimum-neuron 0.4.5,
+peft/tuners/lora/layer.py) and fuses some, so that a path into one block would name a layer that is not there."""
+
+FLASH_TOKENS = 2048
+"""On Neuron the flash attention kernel takes rows of a multiple of so many tokens; shorter rows do without it."""
+
 _HUB_NAME = "[A-Za-z0-9][-A-Za-z0-9_.]*"
 _SOURCE = f"(hf://{_HUB_NAME}/{_HUB_NAME}|s3://[a-z0-9][-a-z0-9.]+(/[^/].*)?|workspace:///[^/].*)"
 _CLIMBS = r"(^|/)\.\.(/|$)"
@@ -123,7 +136,7 @@ def _model_size(spec: Object) -> int:
 
 def _near_split(spec: Object) -> str:
     processes, pipeline = _processes(spec), spec["parallelism"]["pipelineParallelSize"]
-    sizes = [size for size in range(1, 65) if processes % (size * pipeline) == 0]
+    sizes = [size for size in range(1, MAX_SPLIT + 1) if processes % (size * pipeline) == 0]
     near = nearest_sizes(sizes, spec["parallelism"]["tensorParallelSize"])
     choices = [f"tensorParallelSize {' or '.join(map(str, near))}"] if near else []
     per_node, model_size = spec["accelerator"]["processesPerNode"], _model_size(spec)
@@ -144,6 +157,31 @@ def _prompts_with_context(spec: Object) -> list[int]:
 
 def _variant(spec: Object) -> str:
     return str((spec["method"].get("lora") or {}).get("variant", "standard"))
+
+
+def _on_neuron(spec: Object) -> bool:
+    return bool(spec["accelerator"]["type"] == "neuron")
+
+
+def _targets(spec: Object) -> list[str]:
+    return list((spec["method"].get("lora") or {}).get("targetModules") or ())
+
+
+def _foreign_targets(spec: Object) -> list[str]:
+    return [name for name in _targets(spec) if name not in (ALL_LINEAR, *NEURON_TARGETS)]
+
+
+def _has_half_of_the_mlp(spec: Object) -> bool:
+    return ("gate_proj" in _targets(spec)) != ("up_proj" in _targets(spec))
+
+
+def _is_kept_apart(spec: Object) -> bool:
+    return bool(spec["dataset"]["maxLength"] <= FLASH_TOKENS and spec["parallelism"]["pipelineParallelSize"] == 1)
+
+
+def _near_length(spec: Object) -> str:
+    low = spec["dataset"]["maxLength"] // FLASH_TOKENS * FLASH_TOKENS
+    return f"use {low} or {low + FLASH_TOKENS}"
 
 
 RULES: tuple[Rule, ...] = (
@@ -300,6 +338,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "FineTuneJobSpec",
+        "training.evaluateEverySteps",
+        "training.evaluateEverySteps needs held-out records: set dataset.validationPercent to at least 1, or remove it",
+        "!has(self.training.evaluateEverySteps) || self.dataset.validationPercent > 0",
+        lambda spec: spec["training"].get("evaluateEverySteps") is None or spec["dataset"]["validationPercent"] > 0,
+    ),
+    Rule(
+        "FineTuneJobSpec",
         "evaluate",
         "evaluate has nothing to do: set evaluate.prompts or dataset.validationPercent, or set evaluate.enabled to "
         "false",
@@ -351,6 +396,71 @@ RULES: tuple[Rule, ...] = (
         "neither trained with shared key and value heads nor merged; use standard or rslora",
         "self.accelerator.type != 'neuron' || !has(self.method.lora) || self.method.lora.variant != 'dora'",
         lambda spec: spec["accelerator"]["type"] != "neuron" or _variant(spec) != "dora",
+    ),
+    Rule(
+        "FineTuneJobSpec",
+        "method.lora.modulesToSave",
+        "method.lora.modulesToSave is for accelerator types cpu and cuda: the vendor's adapters on Trainium know "
+        "low-rank matrices only, and its checkpoints would keep whole modules without a word on how they are split; "
+        "remove it, or use method.type full",
+        "self.accelerator.type != 'neuron' || !has(self.method.lora) || !has(self.method.lora.modulesToSave) || "
+        "size(self.method.lora.modulesToSave) == 0",
+        lambda spec: not _on_neuron(spec) or not (spec["method"].get("lora") or {}).get("modulesToSave"),
+    ),
+    Rule(
+        "FineTuneJobSpec",
+        "method.lora.targetModules",
+        f"method.lora.targetModules must be all-linear or some of {', '.join(NEURON_TARGETS)} with accelerator type "
+        "neuron, by these names alone: of other modules the vendor has no adapter, and a path into one block names a "
+        "layer that it fuses with its neighbours",
+        "self.accelerator.type != 'neuron' || !has(self.method.lora) || self.method.lora.targetModules.all(name, name "
+        f"in [{', '.join(map(repr, (ALL_LINEAR, *NEURON_TARGETS)))}])",
+        lambda spec: not _on_neuron(spec) or not _foreign_targets(spec),
+        lambda spec: f"remove {', '.join(_foreign_targets(spec))}",
+    ),
+    Rule(
+        "FineTuneJobSpec",
+        "method.lora.targetModules",
+        "method.lora.targetModules must have both of gate_proj and up_proj or none with accelerator type neuron, where "
+        "they are one layer",
+        "self.accelerator.type != 'neuron' || !has(self.method.lora) || ('gate_proj' in "
+        "self.method.lora.targetModules) == ('up_proj' in self.method.lora.targetModules)",
+        lambda spec: not _on_neuron(spec) or not _has_half_of_the_mlp(spec),
+        lambda spec: f"add {'up_proj' if 'gate_proj' in _targets(spec) else 'gate_proj'}",
+    ),
+    Rule(
+        "FineTuneJobSpec",
+        "training.precision",
+        "training.precision is {training.precision}, and with accelerator type neuron it must be bf16: the compiler "
+        "casts float32 matrix products to bf16 by itself, and the optimizer keeps float32 copies of bf16 weights; use "
+        "bf16",
+        "self.accelerator.type != 'neuron' || self.training.precision == 'bf16'",
+        lambda spec: not _on_neuron(spec) or spec["training"]["precision"] == "bf16",
+    ),
+    Rule(
+        "FineTuneJobSpec",
+        "dataset.maxLength",
+        f"dataset.maxLength above {FLASH_TOKENS} must be a multiple of {FLASH_TOKENS} with accelerator type neuron, "
+        "where the flash attention kernel takes no other length, is {dataset.maxLength}",
+        f"self.accelerator.type != 'neuron' || self.dataset.maxLength <= {FLASH_TOKENS} || "
+        f"self.dataset.maxLength % {FLASH_TOKENS} == 0",
+        lambda spec: (
+            not _on_neuron(spec)
+            or spec["dataset"]["maxLength"] <= FLASH_TOKENS
+            or spec["dataset"]["maxLength"] % FLASH_TOKENS == 0
+        ),
+        _near_length,
+    ),
+    Rule(
+        "FineTuneJobSpec",
+        "dataset.packing",
+        "dataset.packing is bestFit, and with accelerator type neuron records of one row are kept apart by a mask that "
+        f"neither flash attention (maxLength above {FLASH_TOKENS}) nor pipeline stages take; maxLength is "
+        "{dataset.maxLength} and pipelineParallelSize {parallelism.pipelineParallelSize}: use none (a record a row), "
+        "or wrapped, in whose rows records then see what stands before them",
+        "self.accelerator.type != 'neuron' || self.dataset.packing != 'bestFit' || (self.dataset.maxLength <= "
+        f"{FLASH_TOKENS} && self.parallelism.pipelineParallelSize == 1)",
+        lambda spec: not _on_neuron(spec) or spec["dataset"]["packing"] != "bestFit" or _is_kept_apart(spec),
     ),
     Rule(
         "FineTuneJobSpec",

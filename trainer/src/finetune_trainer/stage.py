@@ -112,6 +112,8 @@ def check_config(config: StageConfig) -> None:
     """UserError with everything that is wrong with the stage's part of the spec and its sizes; before any work."""
     cut = ("training",) if config.stage == contract.PREPARE else ()
     refuse([*check_part(config.spec, cut), *check_parallelism(config.parallelism)])
+    if config.stage in (contract.COMPILE, contract.TRAIN):
+        refuse(check_neuron_stage(config, os.environ))
 
 
 def refuse(problems: Sequence[Problem]) -> None:

@@ -141,6 +141,10 @@ class Reason(Word):
     INVALID_SPEC = "InvalidSpec", "A field of the spec is wrong; the message names each with a remedy."
     FEATURE_NOT_AVAILABLE = "FeatureNotAvailable", "The spec asks for what this release does not do yet."
     UNKNOWN_INSTANCE_TYPE = "UnknownInstanceType", "The instance type is not in the table, or has another accelerator."
+    UNSUPPORTED_INSTANCE_SDK_PAIR = (
+        "UnsupportedInstanceSdkPair",
+        "The training's image has a Neuron SDK that is known not to train on the instance type.",
+    )
     NEURON_RESOURCE_NAME_MISMATCH = (
         "NeuronResourceNameMismatch",
         "Nodes and ClusterQueue name the Neuron devices differently; the message has both names.",

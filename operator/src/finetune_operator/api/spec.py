@@ -110,7 +110,9 @@ class Dataset(Model):
         default="bestFit",
         description="How records share rows. `bestFit`: whole records side by side, none cut, none sees another. "
         "`none`: one record "
-        "a row. `wrapped`: one stream of records cut at row ends.",
+        "a row. `wrapped`: one stream of records cut at row ends. With accelerator type neuron, bestFit is for rows of "
+        "up to 2048 tokens without pipeline stages, and beyond that records in the rows of wrapped see what stands "
+        "before them.",
     )
     loss_on: Literal["completion", "all"] = Field(
         default="completion",
@@ -216,7 +218,9 @@ class Training(Model):
         description="Micro batches that make one step. Global batch = microBatchSize x gradientAccumulationSteps x "
         "data parallel size.",
     )
-    precision: Literal["bf16", "fp32"] = Field(default="bf16", description="Number format of the model's arithmetic.")
+    precision: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="Number format of the model's arithmetic; bf16 only with accelerator type neuron."
+    )
     gradient_checkpointing: bool = Field(
         default=False,
         description="Whether activations are computed again in the backward pass instead of being kept: less memory "
@@ -236,6 +240,11 @@ class Training(Model):
     )
     log_every_steps: int = Field(
         default=10, ge=1, le=100_000, description="Steps between lines of loss and throughput in training.jsonl."
+    )
+    evaluate_every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        default=None,
+        description="Steps between measurements of the loss on the held-out records, which go to training.jsonl, "
+        "TensorBoard and progress; the last step has one too. Absent measures none during training.",
     )
 
 

@@ -3,11 +3,11 @@ logits.
 
 Called by preflight.py, which compares it with the instance, and by plan.py, which reports it. The first three follow
 exactly from the trainer's number formats (finetune_trainer.methods, backends/torch_strategies.py). The last two are
-estimates for an attention that never stores its matrix of scores and without sequence parallelism; TOLERANCE says how
-good they are. Not counted: the device's context and communication buffers, fragmentation, what one layer needs for a
-moment (a quantized weight in full width, DoRA's product of its matrices), and the process itself. Of a mixture of
-experts the weights are counted whole, as every rank holds them, and the activations of one expert, as if each token
-went to one.
+estimates for an attention that never stores its matrix of scores, but on Neuron for the vendor's eager one, which does,
+and without sequence parallelism; TOLERANCE says how good they are. Not counted: the device's context and communication
+buffers, fragmentation, what one layer needs for a moment (a quantized weight in full width, DoRA's product of its
+matrices), and the process itself. Of a mixture of experts the weights are counted whole, as every rank holds them, and
+the activations of one expert, as if each token went to one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from finetune_operator.api.spec import FineTuneJobSpec, Lora
 from finetune_operator.core.model_shapes import ModelShape
 from finetune_operator.core.parallelism import Parallelism
-from finetune_trainer.spec_rules import ALL_LINEAR
+from finetune_trainer.spec_rules import ALL_LINEAR, FLASH_TOKENS
 
 GIB = 1024**3
 
@@ -113,9 +113,13 @@ def _states(spec: FineTuneJobSpec, parallelism: Parallelism, shape: ModelShape) 
     """Weights, gradients and optimizer: what is held through the whole training (Rajbhandari et al. 2020, "ZeRO", 3.1).
 
     On CPU and CUDA what trains is float32 in both precisions: 4 bytes a parameter of weights, 4 of gradients, 8 of two
-    moments. With bf16 autocast keeps a copy of 2 bytes of each matrix that it multiplies with. On Neuron `full` in bf16
-    holds 2 of weights, 2 of gradients and 12 of optimizer (float32 copy and two moments). A frozen base is held once
-    and without gradients: bf16 2 bytes, fp32 4; int8 1 and nf4 0.5625 in the layers, the embeddings as without.
+    moments. With bf16 autocast keeps a copy of 2 bytes of each matrix that it multiplies with. A frozen base is held
+    once and without gradients: bf16 2 bytes, fp32 4; int8 1 and nf4 0.5625 in the layers, the embeddings as without.
+
+    On Neuron what trains is bf16: 2 bytes a parameter of weights and 4 of gradients, which are summed in float32
+    (use_fp32_grad_acc), and 12 of optimizer, a float32 copy and two moments, of which each data parallel rank has its
+    share (ZeRO stage 1, section 5.1 there; neuronx-distributed 0.15, NeuronZero1Optimizer). Where tensor parallel ranks
+    are more than key and value heads, each holds a whole head of them.
 
     Tensor and pipeline parallelism divide all of it. Of data parallel ranks each has all of it with ddp, and with fsdp
     its share (Zhao et al. 2023, "PyTorch FSDP", section 3.2). Then the embeddings are whole for the pass, and two
@@ -125,10 +129,9 @@ def _states(spec: FineTuneJobSpec, parallelism: Parallelism, shape: ModelShape) 
     """
     t, p = parallelism.tp_size, parallelism.pp_size
     wide, trained = _wide(spec), trainable_parameters(spec, shape)
-    is_copied = wide == 2 and _is_on_torch(spec)
-    if spec.method.type == "full" and not _is_on_torch(spec):
-        per_rank = shape.parameters / (t * p)
-        return wide * per_rank, wide * per_rank, (12 if wide == 2 else 8) * per_rank
+    if not _is_on_torch(spec):
+        return _neuron_states(spec, parallelism, shape)
+    is_copied = wide == 2
     shares = parallelism.dp_size if parallelism.strategy == "fsdp" else 1
     embeddings = min(shape.embedding_parameters, shape.parameters)
     block = (shape.parameters - embeddings) / shape.layers
@@ -148,6 +151,18 @@ def _states(spec: FineTuneJobSpec, parallelism: Parallelism, shape: ModelShape) 
     return (base + 4 * per_rank) / shares + whole, gradients, 8 * per_rank / shares
 
 
+def _neuron_states(spec: FineTuneJobSpec, parallelism: Parallelism, shape: ModelShape) -> tuple[float, float, float]:
+    """_states of the Neuron backend. An adapter counts whole on each tensor parallel rank."""
+    t, p = parallelism.tp_size, parallelism.pp_size
+    copied = 0.0
+    if t > shape.kv_heads:
+        copied = 2 * shape.layers * shape.hidden_size * shape.kv_size * (1 / shape.kv_heads - 1 / t) / p
+    held = shape.parameters / (t * p) + copied
+    trained = held if spec.method.type == "full" else trainable_parameters(spec, shape) / p
+    weights = 2 * held if spec.method.type == "full" else 2 * (held + trained)
+    return weights, 4 * trained, 12 * trained / parallelism.dp_size
+
+
 def _activations(spec: FineTuneJobSpec, t: int, shape: ModelShape) -> float:
     """Bytes that autograd keeps of one token through all layers.
 
@@ -162,6 +177,10 @@ def _activations(spec: FineTuneJobSpec, t: int, shape: ModelShape) -> float:
     keeps its own product of width `rank`; dropout keeps another input of 4 bytes; DoRA keeps two tensors of its
     outputs.
 
+    On Neuron an adapter is bf16: of each it keeps the product of width `rank` and, with dropout, another input. Its
+    eager attention, which takes all rows of up to 2048 tokens, keeps of every head and pair of tokens the softmax in
+    float32 and in bf16: 6 bytes (equation 2's term of scores without dropout, which has 2 in bf16 only).
+
     With gradientCheckpointing each layer keeps its input only, and one layer at a time all of the above (Chen et al.
     2016, "Training Deep Nets with Sublinear Memory Cost").
     """
@@ -172,7 +191,12 @@ def _activations(spec: FineTuneJobSpec, t: int, shape: ModelShape) -> float:
     if is_wide_stream and wide == 2:
         layer += 20 * h
     lora = spec.method.lora
-    if lora is not None and _is_on_torch(spec):
+    if not _is_on_torch(spec) and spec.dataset.max_length <= FLASH_TOKENS:
+        layer += 6 * shape.heads / t * spec.dataset.max_length
+    if lora is not None and not _is_on_torch(spec):
+        for count, inputs, _ in _targets(lora, shape):
+            layer += (2 * lora.rank + (2 * inputs if lora.dropout else 0)) * count / shape.layers
+    elif lora is not None:
         for count, inputs, outputs in _targets(lora, shape):
             kept = wide * lora.rank + (2 * inputs if wide == 2 else 0) + (4 * inputs if lora.dropout else 0)
             kept += 2 * wide * outputs if lora.variant == "dora" else 0

@@ -20,7 +20,9 @@ _HUB = "hf://"
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes of a decoder-only transformer. `parameters` counts tied embeddings once; `tied` says that the output
-    layer is the embedding, `fused` that queries, keys and values are one layer, and gate and up another (Phi-3)."""
+    layer is the embedding, `fused` that queries, keys and values are one layer, and gate and up another (Phi-3).
+    `model_type` is config.json's, "" where nobody says it; `biased`: attention or MLP layers have biases in a family
+    that can do without."""
 
     hidden_size: int
     layers: int
@@ -31,6 +33,8 @@ class ModelShape:
     parameters: int
     tied: bool = False
     fused: bool = False
+    model_type: str = ""
+    biased: bool = False
 
     @property
     def head_size(self) -> int:
@@ -58,29 +62,29 @@ class ModelShape:
         return left > 2.5 * self.layers * self.hidden_size * self.intermediate_size
 
 
-_LLAMA2_7B = ModelShape(4096, 32, 32, 32, 11008, 32000, 6_738_415_616)
-_LLAMA2_13B = ModelShape(5120, 40, 40, 40, 13824, 32000, 13_015_864_320)
-_LLAMA2_70B = ModelShape(8192, 80, 64, 8, 28672, 32000, 68_976_648_192)
-_LLAMA3_8B = ModelShape(4096, 32, 32, 8, 14336, 128256, 8_030_261_248)
-_LLAMA3_70B = ModelShape(8192, 80, 64, 8, 28672, 128256, 70_553_706_496)
-_LLAMA32_1B = ModelShape(2048, 16, 32, 8, 8192, 128256, 1_235_814_400, tied=True)
-_LLAMA32_3B = ModelShape(3072, 28, 24, 8, 8192, 128256, 3_212_749_824, tied=True)
-_QWEN25_05B = ModelShape(896, 24, 14, 2, 4864, 151936, 494_032_768, tied=True)
-_QWEN25_15B = ModelShape(1536, 28, 12, 2, 8960, 151936, 1_543_714_304, tied=True)
-_QWEN25_3B = ModelShape(2048, 36, 16, 2, 11008, 151936, 3_085_938_688, tied=True)
-_QWEN25_7B = ModelShape(3584, 28, 28, 4, 18944, 152064, 7_615_616_512)
-_QWEN25_14B = ModelShape(5120, 48, 40, 8, 13824, 152064, 14_770_033_664)
-_QWEN25_32B = ModelShape(5120, 64, 40, 8, 27648, 152064, 32_763_876_352)
-_QWEN25_72B = ModelShape(8192, 80, 64, 8, 29568, 152064, 72_706_203_648)
-_MISTRAL_7B = ModelShape(4096, 32, 32, 8, 14336, 32000, 7_241_732_096)
-_MISTRAL_7B_V03 = ModelShape(4096, 32, 32, 8, 14336, 32768, 7_248_023_552)
-_TINYLLAMA = ModelShape(2048, 22, 32, 4, 5632, 32000, 1_100_048_384)
-_PHI3_MINI = ModelShape(3072, 32, 32, 32, 8192, 32064, 3_821_079_552, fused=True)
-_BLOOM_560M = ModelShape(1024, 24, 16, 16, 4096, 250880, 559_214_592, tied=True)
-_BLOOM_1B1 = ModelShape(1536, 24, 16, 16, 6144, 250880, 1_065_314_304, tied=True)
-_BLOOM_1B7 = ModelShape(2048, 24, 16, 16, 8192, 250880, 1_722_408_960, tied=True)
-_BLOOM_3B = ModelShape(2560, 30, 32, 32, 10240, 250880, 3_002_557_440, tied=True)
-_BLOOM_7B1 = ModelShape(4096, 30, 32, 32, 16384, 250880, 7_069_016_064, tied=True)
+_LLAMA2_7B = ModelShape(4096, 32, 32, 32, 11008, 32000, 6_738_415_616, model_type="llama")
+_LLAMA2_13B = ModelShape(5120, 40, 40, 40, 13824, 32000, 13_015_864_320, model_type="llama")
+_LLAMA2_70B = ModelShape(8192, 80, 64, 8, 28672, 32000, 68_976_648_192, model_type="llama")
+_LLAMA3_8B = ModelShape(4096, 32, 32, 8, 14336, 128256, 8_030_261_248, model_type="llama")
+_LLAMA3_70B = ModelShape(8192, 80, 64, 8, 28672, 128256, 70_553_706_496, model_type="llama")
+_LLAMA32_1B = ModelShape(2048, 16, 32, 8, 8192, 128256, 1_235_814_400, tied=True, model_type="llama")
+_LLAMA32_3B = ModelShape(3072, 28, 24, 8, 8192, 128256, 3_212_749_824, tied=True, model_type="llama")
+_QWEN25_05B = ModelShape(896, 24, 14, 2, 4864, 151936, 494_032_768, tied=True, model_type="qwen2")
+_QWEN25_15B = ModelShape(1536, 28, 12, 2, 8960, 151936, 1_543_714_304, tied=True, model_type="qwen2")
+_QWEN25_3B = ModelShape(2048, 36, 16, 2, 11008, 151936, 3_085_938_688, tied=True, model_type="qwen2")
+_QWEN25_7B = ModelShape(3584, 28, 28, 4, 18944, 152064, 7_615_616_512, model_type="qwen2")
+_QWEN25_14B = ModelShape(5120, 48, 40, 8, 13824, 152064, 14_770_033_664, model_type="qwen2")
+_QWEN25_32B = ModelShape(5120, 64, 40, 8, 27648, 152064, 32_763_876_352, model_type="qwen2")
+_QWEN25_72B = ModelShape(8192, 80, 64, 8, 29568, 152064, 72_706_203_648, model_type="qwen2")
+_MISTRAL_7B = ModelShape(4096, 32, 32, 8, 14336, 32000, 7_241_732_096, model_type="mistral")
+_MISTRAL_7B_V03 = ModelShape(4096, 32, 32, 8, 14336, 32768, 7_248_023_552, model_type="mistral")
+_TINYLLAMA = ModelShape(2048, 22, 32, 4, 5632, 32000, 1_100_048_384, model_type="llama")
+_PHI3_MINI = ModelShape(3072, 32, 32, 32, 8192, 32064, 3_821_079_552, fused=True, model_type="phi3")
+_BLOOM_560M = ModelShape(1024, 24, 16, 16, 4096, 250880, 559_214_592, tied=True, model_type="bloom")
+_BLOOM_1B1 = ModelShape(1536, 24, 16, 16, 6144, 250880, 1_065_314_304, tied=True, model_type="bloom")
+_BLOOM_1B7 = ModelShape(2048, 24, 16, 16, 8192, 250880, 1_722_408_960, tied=True, model_type="bloom")
+_BLOOM_3B = ModelShape(2560, 30, 32, 32, 10240, 250880, 3_002_557_440, tied=True, model_type="bloom")
+_BLOOM_7B1 = ModelShape(4096, 30, 32, 32, 16384, 250880, 7_069_016_064, tied=True, model_type="bloom")
 
 _FAMILIES: Mapping[ModelShape, tuple[str, ...]] = MappingProxyType(
     {
@@ -150,6 +154,9 @@ _KEYS: Mapping[str, str] = MappingProxyType(
 )
 """Keys of prepare's report and of the chart's `models`, and the fields that they fill."""
 
+_OPTIONAL = ("tied", "biased", "modelType")
+"""Keys of both that may be left out: false, false and not known."""
+
 
 def model_shapes(extra: Mapping[str, Any]) -> Mapping[str, ModelShape]:
     """The built-in table with the installation's entries over it: {org/name: {hiddenSize, layers, ... , tied}}.
@@ -183,7 +190,12 @@ def find_shape(
 
 
 def _shape(value: Mapping[str, Any]) -> ModelShape:
-    return ModelShape(**{field: value[key] for key, field in _KEYS.items()}, tied=bool(value.get("tied", False)))
+    return ModelShape(
+        **{field: value[key] for key, field in _KEYS.items()},
+        tied=bool(value.get("tied", False)),
+        model_type=value.get("modelType", ""),
+        biased=bool(value.get("biased", False)),
+    )
 
 
 def _problems(name: str, value: Any) -> Iterator[str]:
@@ -195,10 +207,13 @@ def _problems(name: str, value: Any) -> Iterator[str]:
         if not _is_size(value.get(key)):
             yield f"models.{name}.{key} must be a whole number of at least 1, is {value.get(key)!r}"
     for key in value:
-        if key not in _KEYS and key != "tied":
-            yield f"models.{name} has no {key}: it takes {', '.join(_KEYS)} and tied"
-    if not isinstance(value.get("tied", False), bool):
-        yield f"models.{name}.tied must be true or false, is {value['tied']!r}"
+        if key not in (*_KEYS, *_OPTIONAL):
+            yield f"models.{name} has no {key}: it takes {', '.join((*_KEYS, *_OPTIONAL[:-1]))} and {_OPTIONAL[-1]}"
+    for key in ("tied", "biased"):
+        if not isinstance(value.get(key, False), bool):
+            yield f"models.{name}.{key} must be true or false, is {value[key]!r}"
+    if not isinstance(value.get("modelType", ""), str):
+        yield f"models.{name}.modelType must be config.json's model_type, is {value['modelType']!r}"
     heads, kv_heads, hidden = (value.get(key) for key in ("heads", "kvHeads", "hiddenSize"))
     if _is_size(heads) and _is_size(kv_heads) and heads % kv_heads:
         yield f"models.{name}.heads must be a multiple of kvHeads, {heads} is none of {kv_heads}"

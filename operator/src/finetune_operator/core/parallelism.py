@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune_trainer.spec_rules import nearest_sizes
-
-MAX_SPLIT = 64
-"""Largest size that spec.parallelism takes."""
+from finetune_trainer.spec_rules import MAX_SPLIT, nearest_sizes
 
 MAX_NODES = 1024
 """Largest number that spec.accelerator.nodes takes."""

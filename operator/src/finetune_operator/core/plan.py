@@ -30,6 +30,7 @@ from finetune_operator.core.parallelism import Parallelism
 from finetune_operator.core.records import Outcome
 from finetune_operator.core.settings import Settings
 from finetune_trainer import contract
+from finetune_trainer.spec_rules import FLASH_TOKENS
 
 UTILISATION = 0.35
 """Share of the devices' bf16 peak that training is supposed to reach (model FLOPs utilisation; Chowdhery et al. 2022,
@@ -86,7 +87,7 @@ def derive_plan(
             device_memory_gib=_device_memory(job, parallelism, instance, pod_memory_bytes),
             parts=None if memory is None else _parts(memory),
             train_hours=None if hours is None else _rounded(hours),
-            assumptions=_assumptions(memory, hours, why_not, price),
+            assumptions=_assumptions(job, memory, hours, why_not, price),
         ),
         cost=cost,
     )
@@ -177,14 +178,22 @@ def _parts(memory: MemoryEstimate) -> MemoryParts:
     return MemoryParts(**{name: _rounded(value) for name, value in memory.parts_gib().items()})
 
 
-def _assumptions(memory: MemoryEstimate | None, hours: float | None, why_not: str, price: float | None) -> str:
+def _assumptions(
+    job: FineTuneJob, memory: MemoryEstimate | None, hours: float | None, why_not: str, price: float | None
+) -> str:
     said = []
     if memory is None:
         said.append("memoryGibPerDevice: the model's sizes are not known before prepare has run.")
     else:
+        optimizer = "no sharding of the optimizer, fused attention"
+        if job.spec.accelerator.type == "neuron":
+            optimizer = (
+                "the optimizer's float32 copies and moments shared by data parallel ranks (ZeRO-1), eager attention "
+                f"for rows of up to {FLASH_TOKENS} tokens and flash attention above"
+            )
         said.append(
-            "Memory: no activation checkpointing, no sharding of the optimizer, fused attention, every token of a row "
-            "in the loss; the device's context, communication buffers and fragmentation come on top."
+            f"Memory: no activation checkpointing, {optimizer}, every token of a row in the loss; the device's "
+            "context, communication buffers and fragmentation come on top."
         )
     if hours is None:
         said.append(why_not)

@@ -103,14 +103,8 @@ def pod_template(
 
 def _container(job: FineTuneJob, start: Start, settings: Settings) -> dict[str, Any]:
     stage = start.config.stage
-    defaults, overrides = settings.of(stage), job.spec.stages.of(stage)
     accelerator = accelerators.of(job, settings.instance_types, start.device_resource)
-    env = {
-        "HOME": contract.SCRATCH_PATH,
-        **accelerator.env(stage),
-        **defaults.env,
-        **{each.name: each.value for each in overrides.env},
-    }
+    env = container_env(job, stage, settings)
     requests, limits = container_resources(job, stage, settings, start.device_resource)
     mounts = [
         {"name": "config", "mountPath": str(_CONFIG_FOLDER), "readOnly": True},
@@ -135,6 +129,16 @@ def _container(job: FineTuneJob, start: Start, settings: Settings) -> dict[str, 
         # A stage that dies without a report leaves the end of its log as evidence.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts,
+    }
+
+
+def container_env(job: FineTuneJob, stage: str, settings: Settings) -> dict[str, str]:
+    """Variables of the stage's container: the accelerator's, over them the installation's, over them the spec's."""
+    return {
+        "HOME": contract.SCRATCH_PATH,
+        **accelerators.of(job, settings.instance_types).env(stage),
+        **settings.of(stage).env,
+        **{each.name: each.value for each in job.spec.stages.of(stage).env},
     }
 
 

@@ -24,14 +24,23 @@ from finetune_operator.core.accelerators.instances import InstanceType
 from finetune_operator.core.failure import Waiting
 from finetune_operator.core.memory import EMBEDDINGS, GIB, OUTPUT_LAYERS, MemoryEstimate, estimate_memory
 from finetune_operator.core.model_shapes import ModelShape
-from finetune_operator.core.parallelism import MAX_SPLIT, Parallelism
+from finetune_operator.core.parallelism import Parallelism
 from finetune_operator.core.quantities import format_quantity, parse_quantities
-from finetune_trainer.spec_rules import nearest_sizes, template_fields
+from finetune_trainer import contract
+from finetune_trainer.neuron_environment import cache_paths, compiled_with
+from finetune_trainer.neuron_rules import (
+    NeuronModel,
+    NeuronNode,
+    check_caches,
+    check_model,
+    check_stack,
+    split_problems,
+    stack_doubt,
+)
+from finetune_trainer.neuron_stack import sdk_of_image
+from finetune_trainer.spec_rules import template_fields
 
 Raw = Mapping[str, Any]
-
-FLASH_TOKENS = 2048
-"""On Neuron the flash attention kernel takes rows of a multiple of so many tokens; shorter rows do without it."""
 
 READ_WRITE_MANY = "ReadWriteMany"
 READ_ONLY_MANY = "ReadOnlyMany"
@@ -93,25 +102,32 @@ def _spec_problems(
     instance: InstanceType | None,
     pod_memory_bytes: int | None,
 ) -> Iterator[Problem]:
-    length = job.spec.dataset.max_length
-    if job.spec.accelerator.type == "neuron" and length > FLASH_TOKENS and length % FLASH_TOKENS:
-        low = length // FLASH_TOKENS * FLASH_TOKENS
-        yield Problem(
-            "spec.dataset.maxLength",
-            length,
-            f"maxLength above {FLASH_TOKENS} must be a multiple of {FLASH_TOKENS} on Neuron, where the flash attention "
-            f"kernel takes no other length, is {length}: use {low} or {low + FLASH_TOKENS}",
-        )
+    yield from _network_problems(job, instance)
     yield from _prompt_problems(job)
     if shape is None:
         return
-    yield from _split_problems(parallelism, shape, instance)
+    yield from _model_problems(job, parallelism, shape, instance)
     yield from _tied_problems(job, shape)
     room = _room(job, parallelism, instance, pod_memory_bytes)
     if room is not None:
         estimate = estimate_memory(job.spec, parallelism, shape)
         if estimate.least > room.bytes:
             yield Problem(room.field, _gib(room.bytes), _too_large(job, parallelism, estimate, room))
+
+
+def _network_problems(job: FineTuneJob, instance: InstanceType | None) -> Iterator[Problem]:
+    """Trainium nodes that could not talk to each other: the vendor's collectives need EFA between nodes.
+
+    Source: Neuron SDK documentation, “How to prepare trn1.32xlarge for multi-node execution”.
+    """
+    if instance is None or instance.accelerator != "neuron" or instance.efa or job.spec.accelerator.nodes == 1:
+        return
+    yield Problem(
+        "spec.accelerator.nodes",
+        job.spec.accelerator.nodes,
+        f"{job.spec.accelerator.nodes} nodes of {instance.name} cannot train together: it has no EFA interface, which "
+        "collectives between Trainium nodes need; use 1 node, or an instanceType with EFA such as ml.trn1.32xlarge",
+    )
 
 
 def _tied_problems(job: FineTuneJob, shape: ModelShape) -> Iterator[Problem]:
@@ -148,40 +164,79 @@ def _prompt_problems(job: FineTuneJob) -> Iterator[Problem]:
             )
 
 
-def _split_problems(parallelism: Parallelism, shape: ModelShape, instance: InstanceType | None) -> Iterator[Problem]:
+def _model_problems(
+    job: FineTuneJob, parallelism: Parallelism, shape: ModelShape, instance: InstanceType | None
+) -> Iterator[Problem]:
+    """A model that cannot be split so, and on Neuron all else that the vendor cannot train of it."""
+    model = NeuronModel(
+        model_type=shape.model_type,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        intermediate_size=shape.intermediate_size,
+        vocab_size=shape.vocab_size,
+        layers=shape.layers,
+        tied=shape.tied,
+        biased=shape.biased,
+    )
+    node = None if instance is None else NeuronNode(instance.name, instance.cores)
     tp, pp = parallelism.tp_size, parallelism.pp_size
-    on_trn2 = instance is not None and "trn2" in instance.name
-    if reasons := list(_tensor_reasons(tp, shape, on_trn2)):
-        sizes = [size for size in range(1, MAX_SPLIT + 1) if not any(_tensor_reasons(size, shape, on_trn2))]
-        message = f"tensorParallelSize {tp} {', '.join(reasons)}: {_nearest(sizes, tp)}"
-        yield Problem("spec.parallelism.tensorParallelSize", tp, message)
-    if shape.layers % pp:
-        sizes = [size for size in range(1, MAX_SPLIT + 1) if shape.layers % size == 0]
-        message = f"pipelineParallelSize {pp} does not divide the model's {shape.layers} layers: {_nearest(sizes, pp)}"
-        yield Problem("spec.parallelism.pipelineParallelSize", pp, message)
+    if job.spec.accelerator.type == "neuron":
+        yield from check_model(job.spec.method.as_json(), tp, pp, model, node)
+    else:
+        yield from split_problems(tp, pp, model, node)
 
 
-def _tensor_reasons(tp: int, shape: ModelShape, on_trn2: bool) -> Iterator[str]:
-    """What is wrong with a tensor parallel size, as the ends of a sentence."""
-    parts = {
-        "attention heads": shape.heads,
-        "MLP's width": shape.intermediate_size,
-        "vocabulary": shape.vocab_size,
-    }
-    for what, size in parts.items():
-        if size % tp:
-            yield f"does not divide the model's {what} ({size})"
-    # Fewer key and value heads than ranks are held several times each, which comes out even for a multiple only.
-    copies = max(1, tp // shape.kv_heads)
-    if shape.kv_heads * copies % tp:
-        yield f"neither divides the model's key and value heads ({shape.kv_heads}) nor is a multiple of them"
-    elif tp > shape.kv_heads and on_trn2:
-        yield f"is more than the model's key and value heads ({shape.kv_heads}), whose copies train apart on trn2"
+# ---- what the pods of compile and train run in
 
 
-def _nearest(sizes: Sequence[int], wanted: int) -> str:
-    """The sound sizes next to `wanted`, as a remedy; 1 always is one."""
-    return f"use {' or '.join(map(str, nearest_sizes(sizes, wanted)))}"
+def check_pair(instance: InstanceType | None, images: Iterable[str]) -> Waiting | None:
+    """Why the training's images cannot use the Neuron devices of `instance`; None where nothing is known against it."""
+    if instance is None or instance.accelerator != "neuron":
+        return None
+    for image in images:
+        problem = check_stack(instance.name, sdk_of_image(image))
+        if problem is not None:
+            return Waiting(Reason.UNSUPPORTED_INSTANCE_SDK_PAIR, str(problem))
+    return None
+
+
+def pair_doubts(instance: InstanceType | None, images: Iterable[str]) -> tuple[str, ...]:
+    """What is not sure about instance and images, as sentences."""
+    if instance is None or instance.accelerator != "neuron":
+        return ()
+    doubts = (stack_doubt(instance.name, sdk) for sdk in dict.fromkeys(map(sdk_of_image, images)))
+    return tuple(doubt for doubt in doubts if doubt is not None)
+
+
+def check_environments(environments: Mapping[str, Mapping[str, str]]) -> tuple[Problem, ...]:
+    """What is wrong with the variables of stages on Neuron devices, by stage: chart and spec can set any.
+
+    A cache that the vendor's tools would not find, and variables of the compiler that compile and train do not have in
+    common: train would compile all of its graphs again.
+    """
+    found = [
+        problem for stage, environment in environments.items() for problem in check_caches(environment, _env_of(stage))
+    ]
+    if contract.COMPILE in environments and contract.TRAIN in environments:
+        compiled, trained = (
+            {**compiled_with(environments[stage]), "the cache": cache_paths(environments[stage])}
+            for stage in (contract.COMPILE, contract.TRAIN)
+        )
+        for name in sorted(name for name in {*compiled, *trained} if compiled.get(name) != trained.get(name)):
+            values = [each.get(name, "absent") for each in (compiled, trained)]
+            found.append(
+                Problem(
+                    _env_of(contract.COMPILE),
+                    values,
+                    f"{name} is {values[0]!r} in compile and {values[1]!r} in train, whose graphs then would not be "
+                    "found: set it in stages.train.env alone, which compile has too, and in the chart for both",
+                )
+            )
+    return tuple(found)
+
+
+def _env_of(stage: str) -> str:
+    return f"spec.stages.{stage}.env"
 
 
 @dataclass(frozen=True)
@@ -222,6 +277,8 @@ def _too_large(job: FineTuneJob, parallelism: Parallelism, estimate: MemoryEstim
         is_sharded = parallelism.strategy == "fsdp"
         if job.spec.method.type == "full":
             changes.append("train an adapter (method.type lora)")
+            if not on_torch:
+                changes.append("take more nodes, whose data parallel ranks share the optimizer")
         elif on_torch and not is_sharded and job.spec.method.quantization != "nf4":
             changes.append("hold the base in fewer bits (method.quantization nf4)")
         if on_torch and job.spec.method.quantization == "none" and parallelism.dp_size > 1:

@@ -43,19 +43,11 @@ class WholeNode(ABC):
         return self.num_nodes > 1 and self.instance.efa > 0
 
     def env(self, stage: str) -> Mapping[str, str]:
-        return {**self.device_env(), **(self.efa_env() if self.has_efa else {})} if stage in DEVICE_STAGES else {}
+        return self.all_env() if stage in DEVICE_STAGES else {}
 
     @abstractmethod
-    def device_env(self) -> Mapping[str, str]:
+    def all_env(self) -> Mapping[str, str]:
         """Variables of every stage with devices. The same for compile and train: they are part of what is compiled."""
-
-    def efa_env(self) -> Mapping[str, str]:
-        """Variables of libfabric where nodes talk over EFA.
-
-        Without huge pages: a ClusterQueue of HyperPod covers no hugepages-2Mi, so a pod that asked for them would
-        never be admitted, and libfabric's buffers in huge pages make fork() fail for lack of memory.
-        """
-        return {"FI_PROVIDER": "efa", "FI_EFA_USE_HUGE_PAGE": "0"}
 
     def resources(self, stage: str) -> Mapping[str, str]:
         if stage not in DEVICE_STAGES:
