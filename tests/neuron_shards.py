@@ -27,7 +27,6 @@ Tensors = Mapping[str, torch.Tensor]
 PEFT_PREFIX = "base_model.model."
 
 
-
 @dataclass(frozen=True)
 class _Parameter:
     """One parameter of the vendor's module tree, on one rank.
@@ -69,7 +68,10 @@ class ShardLayout:
         self.heads = self.config["num_attention_heads"]
         self.kv_heads = self.config.get("num_key_value_heads") or self.heads
         self.layers = self.config["num_hidden_layers"]
-        for what, count in (("num_attention_heads", self.heads), ("intermediate_size", self.config["intermediate_size"])):
+        for what, count in (
+            ("num_attention_heads", self.heads),
+            ("intermediate_size", self.config["intermediate_size"]),
+        ):
             if count % self.tp:
                 raise ValueError(f"{what} {count} is no multiple of tp {self.tp}")
         if self.layers < self.pp:
@@ -273,9 +275,7 @@ class ShardLayout:
         name = self.prefix + name
         return _Parameter(name, name, (name,), None, _all_of_it)
 
-    def _linear(
-        self, module: str, linear: str, kind: str, tp_rank: int, bias_field: str = ""
-    ) -> Iterator[_Parameter]:
+    def _linear(self, module: str, linear: str, kind: str, tp_rank: int, bias_field: str = "") -> Iterator[_Parameter]:
         """A column or row parallel layer and its matrices, if it is a target."""
         name = self.prefix + (f"{module}.{linear}" if module else linear)
         column = kind == "column"
@@ -404,11 +404,68 @@ class ShardLayout:
     def optimizer_names(self, tensors: Tensors, pp_rank: int) -> list[str]:
         """The trainable parameters of a pipeline rank in the optimizer's order: those that decay, then the others."""
         keys = self.local_tensors(tensors, 0, pp_rank)
-        named = {
-            parameter.key: parameter.name for parameter in self.parameters(0) if parameter.key in keys
-        }
+        named = {parameter.key: parameter.name for parameter in self.parameters(0) if parameter.key in keys}
         matrices = [name for key, name in named.items() if keys[key].dim() > 1]
         return [*matrices, *(name for key, name in named.items() if keys[key].dim() <= 1)]
+
+
+def whole_shapes(
+    model_config: Mapping[str, Any], adapter_config: Mapping[str, Any] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a model, or of an adapter on it, under Hugging Face's or peft's names."""
+    hidden, inner = model_config["hidden_size"], model_config["intermediate_size"]
+    vocabulary, heads = model_config["vocab_size"], model_config["num_attention_heads"]
+    head_dim = int(model_config.get("head_dim") or hidden // heads)
+    queries, keys = heads * head_dim, (model_config.get("num_key_value_heads") or heads) * head_dim
+    linears = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    layers = [f"model.layers.{number}" for number in range(model_config["num_hidden_layers"])]
+    matrices = {f"{layer}.{name}": shape for layer in layers for name, shape in linears.items()}
+    if not model_config.get("tie_word_embeddings"):
+        matrices["lm_head"] = (vocabulary, hidden)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if adapter_config is not None:
+        rank, targets = adapter_config["r"], adapter_config["target_modules"]
+        for name, (outputs, inputs) in matrices.items():
+            if name.rpartition(".")[2] in targets:
+                shapes[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (rank, inputs)
+                shapes[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (outputs, rank)
+            if name in (adapter_config.get("modules_to_save") or ()):
+                shapes[f"{PEFT_PREFIX}{name}.weight"] = (outputs, inputs)
+        if "embed_tokens" in targets:
+            shapes[f"{PEFT_PREFIX}model.embed_tokens.lora_embedding_A"] = (rank, vocabulary)
+            shapes[f"{PEFT_PREFIX}model.embed_tokens.lora_embedding_B"] = (hidden, rank)
+        return shapes
+    shapes |= {f"{name}.weight": shape for name, shape in matrices.items()}
+    for part, field_name in (("self_attn", "attention_bias"), ("mlp", "mlp_bias")):
+        if model_config.get(field_name):
+            shapes |= {f"{name}.bias": shape[:1] for name, shape in matrices.items() if f".{part}." in name}
+    for layer in layers:
+        shapes[f"{layer}.input_layernorm.weight"] = shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+        if model_config.get("model_type") == "qwen3":
+            shapes[f"{layer}.self_attn.q_norm.weight"] = shapes[f"{layer}.self_attn.k_norm.weight"] = (head_dim,)
+    return shapes | {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+
+
+def share_lora_a(
+    tensors: Mapping[str, torch.Tensor], *, projections: Sequence[str] = ("q_proj", "k_proj", "v_proj")
+) -> dict[str, torch.Tensor]:
+    """`tensors` with one A where the vendor has one: of gate and up, and of `projections` as their first has it."""
+    shared = dict(tensors)
+    for group in (projections, ("gate_proj", "up_proj")):
+        for name in tensors:
+            first = f".{group[0]}.lora_A." if group else "\0"
+            for other in group[1:]:
+                if first in name and (at := name.replace(first, f".{other}.lora_A.")) in shared:
+                    shared[at] = tensors[name].clone()
+    return shared
 
 
 def _all_of_it(whole: torch.Tensor) -> torch.Tensor:
@@ -469,9 +526,7 @@ def write_checkpoint(
                     stale=stale,
                     old=old,
                 )
-    return write_marks(
-        folder, model_config, adapter_config=adapter_config, adapter_name=adapter_name, old=old
-    )
+    return write_marks(folder, model_config, adapter_config=adapter_config, adapter_name=adapter_name, old=old)
 
 
 def write_rank(
@@ -564,9 +619,7 @@ def rank_file(dp_rank: int, tp_rank: int, pp_rank: int) -> str:
     return f"dp_rank_{dp_rank:02d}_tp_rank_{tp_rank:02d}_pp_rank_{pp_rank:02d}.pt"
 
 
-def _zero1_state(
-    states: Sequence[Mapping[str, torch.Tensor]], step: int, dp: int, dp_rank: int
-) -> dict[str, Any]:
+def _zero1_state(states: Sequence[Mapping[str, torch.Tensor]], step: int, dp: int, dp_rank: int) -> dict[str, Any]:
     """One data parallel rank's file: rows of everything, padded with zeros so that all ranks have as many."""
 
     def part(value: torch.Tensor) -> torch.Tensor:

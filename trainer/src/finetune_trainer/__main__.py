@@ -10,9 +10,10 @@ import signal
 import sys
 
 from finetune_trainer import stage
-from finetune_trainer.contract import MERGE, PREPARE, STAGES
+from finetune_trainer.contract import CONSOLIDATE, MERGE, PREPARE, STAGES
 
 _COMMANDS = {
+    "consolidate-checkpoint": ("finetune_trainer.consolidate_checkpoint", CONSOLIDATE),
     "merge-adapter": ("finetune_trainer.merge_adapter", MERGE),
     "preview": ("finetune_trainer.preview", PREPARE),
 }

@@ -1,7 +1,8 @@
 """Turns a sharded checkpoint into an adapter in peft's layout or a whole model, and proves that nothing is missing.
 
-stages/consolidate.py calls this. read_checkpoint has verified every shard before; here each parameter is streamed from
-its slices into its file, and the result is held against the base model's own tensors. No model library is imported.
+stages/consolidate.py and consolidate_checkpoint.py call this, with a checkpoint of our own or of neuronx-distributed's
+format. Who opened it has verified every shard; here each parameter is streamed from its shards into its file, and the
+result is held against the base model's own tensors. No model library is imported.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from finetune_trainer.adapters import (
     match_adapter,
 )
 from finetune_trainer.artifacts import ArtifactWriter
-from finetune_trainer.checkpoints import Checkpoint, StoredTensor
+from finetune_trainer.checkpoints import read_checkpoint
 from finetune_trainer.errors import CorruptArtifact, UserError
 from finetune_trainer.model_files import ModelFiles, group_by_size, shard_name
 from finetune_trainer.safetensors_stream import (
@@ -51,6 +52,38 @@ _BUFFERS = (
 """Ends of the names of what older files hold beside parameters: masks and frequencies, which nobody trains."""
 
 
+class StoredParameter(Protocol):
+    """A whole tensor of a checkpoint, in whatever pieces it is stored."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def chunks(self) -> Iterator[bytearray]:
+        """The tensor's bytes in C order, in pieces of bounded size."""
+
+
+class TrainedParameters(Protocol):
+    """A checkpoint of any format."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def parameters(self) -> Mapping[str, StoredParameter]:
+        """The trained parameters by name, sorted: the model's own names, or peft's without the adapter's."""
+
+
 @dataclass(frozen=True)
 class Consolidated:
     """What was written: the adapter's targets in the base model, tensors, elements and bytes, weight files."""
@@ -68,7 +101,7 @@ class ModelTensor:
 
     info: TensorInfo
     dtype: str
-    parameter: StoredTensor | None
+    parameter: StoredParameter | None
 
     @property
     def plan(self) -> TensorPlan:
@@ -76,7 +109,7 @@ class ModelTensor:
 
 
 def prove_adapter(
-    checkpoint: Checkpoint, adapter_config: Mapping[str, Any], base: ModelFiles, model_config: Mapping[str, Any]
+    checkpoint: TrainedParameters, adapter_config: Mapping[str, Any], base: ModelFiles, model_config: Mapping[str, Any]
 ) -> AdapterMatch:
     """What the checkpoint's adapter changes in the base model, by names and shapes alone.
 
@@ -91,7 +124,7 @@ def prove_adapter(
 
 
 def match_model(
-    checkpoint: Checkpoint, base: ModelFiles, model_config: Mapping[str, Any], dtype: str | None
+    checkpoint: TrainedParameters, base: ModelFiles, model_config: Mapping[str, Any], dtype: str | None
 ) -> list[ModelTensor]:
     """Every tensor of the base's files with the checkpoint's parameter that replaces it, in the base's order.
 
@@ -99,7 +132,7 @@ def match_model(
     have a tied output layer too, and hold buffers, which stay. Floats get the base's dtype, or `dtype`. CorruptArtifact
     lists parameters that the base lacks, base tensors that no parameter replaces, and shapes that differ.
     """
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, StoredParameter] = {}
     unknown = []
     for name, parameter in _parameters(checkpoint).items():
         at = next((candidate for candidate in (name, name.partition(".")[2]) if candidate in base.tensors), None)
@@ -137,7 +170,10 @@ def match_model(
 
 
 def write_adapter(
-    checkpoint: Checkpoint, adapter_config: Mapping[str, Any], targets: Sequence[AdapterTarget], writer: ArtifactWriter
+    checkpoint: TrainedParameters,
+    adapter_config: Mapping[str, Any],
+    targets: Sequence[AdapterTarget],
+    writer: ArtifactWriter,
 ) -> Consolidated:
     """Write adapter_model.safetensors and adapter_config.json into the artifact, one tensor after the other.
 
@@ -156,12 +192,12 @@ def write_adapter(
 
 
 def write_model(
-    tensors: Sequence[ModelTensor], base: ModelFiles, max_shard_bytes: int, writer: ArtifactWriter
+    tensors: Sequence[ModelTensor], base: ModelFiles | None, max_shard_bytes: int, writer: ArtifactWriter
 ) -> Consolidated:
     """Write the weights of a whole model into the artifact, one tensor after the other, rounded once where they narrow.
 
-    The base's shards are kept where each fits `max_shard_bytes`. Memory is a few chunks. UserError when a value is not
-    finite in the dtype that is written.
+    The base's shards are kept where each fits `max_shard_bytes`; without a base the tensors are all the checkpoint's.
+    Memory is a few chunks. UserError when a value is not finite in the dtype that is written.
     """
     names = []
     for name, group in _shards(tensors, base, max_shard_bytes):
@@ -174,6 +210,29 @@ def write_model(
     return _consolidated((), [tensor.plan for tensor in tensors], names)
 
 
+def open_trained(path: Path) -> TrainedParameters:
+    """The checkpoint at `path`, of our own or of neuronx-distributed's format, with every tensor found and checked.
+
+    Contents are taken for verified: by the manifest of the artifact that it is part of. Raises what read_checkpoint and
+    open_neuron_checkpoint raise.
+    """
+    checkpoint = read_checkpoint(path, contents=False)
+    if checkpoint.format is None:
+        return checkpoint
+    # Reading the vendor's files takes torch, which nothing else here does.
+    from finetune_trainer.neuron_checkpoints import open_neuron_checkpoint
+
+    return replace(open_neuron_checkpoint(path), step=checkpoint.step)
+
+
+def own_tensors(checkpoint: TrainedParameters) -> list[ModelTensor]:
+    """The checkpoint's parameters as the tensors of a model, under their own names and in their own dtypes."""
+    return [
+        ModelTensor(TensorInfo(name, parameter.dtype, parameter.shape, 0, 0), parameter.dtype, parameter)
+        for name, parameter in _parameters(checkpoint).items()
+    ]
+
+
 def describe_targets(targets: tuple[AdapterTarget, ...]) -> dict[str, dict[str, Any]]:
     """The targets by base tensor as JSON for the manifest."""
     return {target.tensor: target.as_json() for target in targets}
@@ -184,14 +243,14 @@ def find_checkpoint(train_artifact: Path) -> Path:
     return train_artifact / "checkpoint"
 
 
-def _parameters(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+def _parameters(checkpoint: TrainedParameters) -> Mapping[str, StoredParameter]:
     parameters = checkpoint.parameters()
     if not parameters:
         raise CorruptArtifact(f"{checkpoint.path} holds no trainable parameter: run train again")
     return parameters
 
 
-def _add_tied_output(found: dict[str, StoredTensor], base: ModelFiles) -> None:
+def _add_tied_output(found: dict[str, StoredParameter], base: ModelFiles) -> None:
     """A stored output layer that the checkpoint lacks is the embedding, which the model has once: the same values."""
     embeddings = [name for name in found if name.split(".")[-2:-1] and name.split(".")[-2] in INPUT_EMBEDDINGS]
     for name in base.tensors:
@@ -206,20 +265,22 @@ def _is_buffer(tensor: TensorInfo) -> bool:
 
 
 def _shards(
-    tensors: Sequence[ModelTensor], base: ModelFiles, max_shard_bytes: int
+    tensors: Sequence[ModelTensor], base: ModelFiles | None, max_shard_bytes: int
 ) -> list[tuple[str, list[ModelTensor]]]:
-    by_name = {tensor.info.name: tensor for tensor in tensors}
-    kept = [(shard.path.name, [by_name[name] for name in shard.tensors]) for shard in base.shards]
-    if all(sum(tensor.plan.nbytes for tensor in group) <= max_shard_bytes for _, group in kept):
-        return kept
+    if base is not None:
+        by_name = {tensor.info.name: tensor for tensor in tensors}
+        kept = [(shard.path.name, [by_name[name] for name in shard.tensors]) for shard in base.shards]
+        if all(sum(tensor.plan.nbytes for tensor in group) <= max_shard_bytes for _, group in kept):
+            return kept
     groups = group_by_size([tensor.plan.nbytes for tensor in tensors], max_shard_bytes)
     return [
         (shard_name(number, len(groups)), [tensors[at] for at in group]) for number, group in enumerate(groups, start=1)
     ]
 
 
-def _chunks(tensor: ModelTensor, base: ModelFiles) -> Iterator[bytearray | memoryview]:
+def _chunks(tensor: ModelTensor, base: ModelFiles | None) -> Iterator[bytearray | memoryview]:
     if tensor.parameter is None:
+        assert base is not None
         with TensorReader(base.shard_of[tensor.info.name].path) as reader:
             for chunk in reader.chunks(tensor.info):
                 yield _converted(tensor, chunk, tensor.info.dtype)

@@ -16,35 +16,24 @@ from pathlib import Path
 from typing import TextIO
 
 from finetune_trainer.adapters import ADAPTER_WEIGHTS_NAME
-from finetune_trainer.artifacts import find_artifact, new_artifact
-from finetune_trainer.contract import MERGE, ContractError
+from finetune_trainer.artifacts import new_artifact
+from finetune_trainer.commands import check_output, run_by_hand
+from finetune_trainer.contract import MERGE
 from finetune_trainer.cpus import available_cpus
-from finetune_trainer.errors import StageError, UserError
+from finetune_trainer.errors import UserError
 from finetune_trainer.merged_model import describe_merge, describe_plan, write_merged_model
 from finetune_trainer.merging import PRECISIONS, parse_bytes, parse_precision, plan_merge
 from finetune_trainer.model_files import read_model_files
 from finetune_trainer.shard_rewriting import Listener
-from finetune_trainer.stage import as_stage_error
-
-_INTERRUPTED = 130
-"""The shell's exit code of a program that Ctrl-C ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Merge as the command line says; returns the exit code, that of the contract where something is wrong."""
     arguments = _parser().parse_args(argv)
-    try:
-        run(arguments.base, arguments.adapter, arguments.output, arguments.precision, arguments.max_shard_size)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the shards that are finished", file=sys.stderr)
-        return _INTERRUPTED
-    except (StageError, ContractError, OSError, MemoryError) as error:
-        known = as_stage_error(error)
-        if known is None:
-            raise
-        print(f"{known.reason}: {known.message}", file=sys.stderr)
-        return known.exit_code
-    return 0
+    return run_by_hand(
+        lambda: run(arguments.base, arguments.adapter, arguments.output, arguments.precision, arguments.max_shard_size),
+        "stopped; the same command goes on from the shards that are finished",
+    )
 
 
 def run(base: Path, adapter: Path, output: Path, precision: str, max_shard_size: str) -> None:
@@ -60,10 +49,7 @@ def run(base: Path, adapter: Path, output: Path, precision: str, max_shard_size:
             f"{adapter} has no {ADAPTER_WEIGHTS_NAME}: save the adapter with peft's save_pretrained, which writes it "
             "(adapter_model.bin is not read: it can run code)",
         )
-    output = output.absolute()
-    if output.exists():
-        whole = "a complete model already" if find_artifact(output) else "there already"
-        raise UserError("OutputExists", f"{output} is {whole}: name another folder, or remove it")
+    output = check_output(output, "model")
     cpus = available_cpus()
     plan = plan_merge(read_model_files(base), adapter, max_shard_bytes, dtype)
     print(describe_plan(plan, cpus), flush=True)

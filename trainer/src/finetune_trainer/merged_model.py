@@ -75,7 +75,7 @@ def write_merged_model(
         merged = merge(plan, folder, digests, cpus, finished, _recording(listener))
         untied = plan.match.untied is not None
         copied = copy_companions(plan.base.folder, writer, dtype=plan.dtype, untied=untied)
-        write_index(plan.base, [file.path for file in merged.files], writer)
+        write_index([file.path for file in merged.files], writer, plan.base)
         for file in merged.files:
             file.path.rename(writer.folder / file.path.name)
             writer.record(file.path.name, file.size, file.sha256)

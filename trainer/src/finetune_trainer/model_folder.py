@@ -25,9 +25,10 @@ from finetune_trainer.safetensors_stream import read_header
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
-def write_index(base: ModelFiles, files: Sequence[Path], writer: ArtifactWriter) -> None:
+def write_index(files: Sequence[Path], writer: ArtifactWriter, base: ModelFiles | None = None) -> None:
     """The index of the written shards, where the base has one or there are several: which file holds which tensor."""
-    if len(files) == 1 and files[0].name == SINGLE_NAME and not (base.folder / INDEX_NAME).is_file():
+    has_index = base is not None and (base.folder / INDEX_NAME).is_file()
+    if len(files) == 1 and files[0].name == SINGLE_NAME and not has_index:
         return
     headers = [read_header(file) for file in files]
     total = sum(header.size - header.data_start for header in headers)
@@ -51,12 +52,22 @@ def copy_companions(base: Path, writer: ArtifactWriter, *, dtype: str | None = N
         if name == CONFIG_NAME and config is not None:
             writer.write(name, _encode(config))
         else:
-            _copy(base / name, writer)
+            copy_file(base / name, writer)
         copied += 1
     return copied
 
 
-def _copy(path: Path, writer: ArtifactWriter) -> None:
+def write_config(folder: Path, writer: ArtifactWriter, *, dtype: str | None) -> None:
+    """config.json of `folder`, which says `dtype` where one is given. CorruptArtifact when there is none."""
+    config = _changed_config(folder, dtype, untied=False)
+    if config is not None:
+        writer.write(CONFIG_NAME, _encode(config))
+    else:
+        copy_file(folder / CONFIG_NAME, writer)
+
+
+def copy_file(path: Path, writer: ArtifactWriter) -> None:
+    """A copy of `path` under its own name."""
     with path.open("rb") as source, writer.open(path.name) as target:
         while chunk := source.read(1 << 20):
             target.write(chunk)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from finetune_trainer import packing
-from finetune_trainer.contract import ContractError, ExitCode
+from finetune_trainer.commands import run_by_hand
 from finetune_trainer.documents import Collected, collect_documents
-from finetune_trainer.errors import StageError, UserError
+from finetune_trainer.errors import UserError
 from finetune_trainer.formats import open_format
 from finetune_trainer.model_shape import check_length
 from finetune_trainer.rejections import Rejections
@@ -27,7 +27,7 @@ from finetune_trainer.sources.datasets import fetch_dataset
 from finetune_trainer.sources.models import fetch_tokenizer
 from finetune_trainer.spec_checks import check_spec, with_defaults
 from finetune_trainer.spool import DocumentSpool
-from finetune_trainer.stage import as_stage_error, refuse
+from finetune_trainer.stage import refuse
 from finetune_trainer.tokenization import Encoder, load_tokenizer
 
 _KIND = "FineTuneJob"
@@ -42,8 +42,8 @@ _OPEN, _CLOSE = "⟦", "⟧"
 def main(argv: Sequence[str] | None = None) -> int:
     """Show what the command line names; returns the exit code, that of the contract where something is wrong."""
     arguments = _parser().parse_args(argv)
-    try:
-        run(
+    return run_by_hand(
+        lambda: run(
             arguments.manifest,
             workspace=arguments.workspace,
             token_file=arguments.token_file,
@@ -51,13 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             samples=arguments.samples,
             out=sys.stdout,
         )
-    except (StageError, ContractError, OSError, MemoryError) as error:
-        known = as_stage_error(error)
-        if known is None:
-            raise
-        print(f"{known.reason}: {known.message}", file=sys.stderr)
-        return known.exit_code
-    return ExitCode.SUCCESS
+    )
 
 
 def run(

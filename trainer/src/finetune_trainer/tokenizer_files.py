@@ -24,9 +24,14 @@ _FILE = re.compile(
 )
 
 
+def is_tokenizer_file(name: str) -> bool:
+    """True for a file that a tokenizer is read from."""
+    return _FILE.fullmatch(name) is not None
+
+
 def tokenizer_files(manifest: Manifest) -> dict[str, str]:
     """Name and hex sha256 of each file of an artifact that its tokenizer is read from."""
-    return {entry.path: entry.sha256 for entry in manifest.files if _FILE.fullmatch(entry.path)}
+    return {entry.path: entry.sha256 for entry in manifest.files if is_tokenizer_file(entry.path)}
 
 
 def frozen_digests(data: Mapping[str, Any]) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """The consolidate stage: the train artifact's sharded checkpoint becomes one adapter that peft loads, or a whole model.
 
-Reads inputs `model` and `train`. After lora it writes adapter_model.safetensors and adapter_config.json and needs the
-base's headers only; after full it writes what merge writes: safetensors shards under the base's own names, their index,
-configuration and tokenizer. Needs one CPU and the memory of a few chunks.
+Reads inputs `model` and `train`; the checkpoint is in our own format or in neuronx-distributed's. After lora it writes
+adapter_model.safetensors and adapter_config.json and needs the base's headers only; after full it writes what merge
+writes: safetensors shards under the base's own names, their index, configuration and tokenizer. Needs one CPU and the
+memory of a few chunks.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 
 from finetune_trainer.adapters import read_adapter_config
 from finetune_trainer.artifacts import ArtifactWriter, new_artifact, open_input
-from finetune_trainer.checkpoints import Checkpoint, read_checkpoint
 from finetune_trainer.consolidation import (
     Consolidated,
+    TrainedParameters,
     describe_targets,
     find_checkpoint,
     match_model,
+    open_trained,
     prove_adapter,
     write_adapter,
     write_model,
@@ -35,7 +37,7 @@ def run(config: StageConfig) -> Report:
     # The train artifact's manifest covers every shard, so nothing is hashed twice; of the base only headers count here.
     train = open_input(config, TRAIN)
     model = open_input(config, MODEL_INPUT, contents=False)
-    checkpoint = read_checkpoint(find_checkpoint(train), contents=False)
+    checkpoint = open_trained(find_checkpoint(train))
     print(
         f"checkpoint of step {checkpoint.step}: {checkpoint.world_size} shards, {len(checkpoint.parameters())} "
         "tensors, every shard verified, every tensor covered exactly once",
@@ -68,7 +70,7 @@ def run(config: StageConfig) -> Report:
     return finished_report(config)
 
 
-def _write_adapter(checkpoint: Checkpoint, model: Path, train: Path, writer: ArtifactWriter) -> Consolidated:
+def _write_adapter(checkpoint: TrainedParameters, model: Path, train: Path, writer: ArtifactWriter) -> Consolidated:
     adapter_config = read_adapter_config(train)
     match = prove_adapter(checkpoint, adapter_config, read_model_files(model), read_model_config(model))
     result = write_adapter(checkpoint, adapter_config, match.targets, writer)
@@ -76,12 +78,14 @@ def _write_adapter(checkpoint: Checkpoint, model: Path, train: Path, writer: Art
     return result
 
 
-def _write_model(checkpoint: Checkpoint, model: Path, settings: dict[str, Any], writer: ArtifactWriter) -> Consolidated:
+def _write_model(
+    checkpoint: TrainedParameters, model: Path, settings: dict[str, Any], writer: ArtifactWriter
+) -> Consolidated:
     max_shard_bytes = parse_bytes(settings.get("maxShardSize") or DEFAULT_SHARD_BYTES, "spec.merge.maxShardSize")
     dtype = parse_precision(settings.get("precision") or "base", "spec.merge.precision")
     base, model_config = read_model_files(model), read_model_config(model)
     check_unquantized(model, base.tensors)
     result = write_model(match_model(checkpoint, base, model_config, dtype), base, max_shard_bytes, writer)
-    write_index(base, [writer.folder / name for name in result.files], writer)
+    write_index([writer.folder / name for name in result.files], writer, base)
     copy_companions(model, writer, dtype=dtype)
     return result
