@@ -69,11 +69,15 @@ def make_rows(rows: int, *, packed: bool, seed: int = 5, length: int = ROW_LENGT
 
 
 def write_prepared(path: Path, *, steps: int, global_batch_size: int, packed: bool = False, seed: int = 5) -> Path:
-    """A prepare artifact with 2 * global_batch_size rows, read in one seeded order."""
-    rows = make_rows(2 * global_batch_size, packed=packed, seed=seed)
+    """A prepare artifact with 2 * global_batch_size rows, read in one seeded order, and 3 held-out ones."""
+    rows, held_out = (
+        make_rows(2 * global_batch_size, packed=packed, seed=seed),
+        make_rows(3, packed=packed, seed=seed + 1),
+    )
     order = np.random.default_rng(seed).integers(0, len(rows["input_ids"]), steps * global_batch_size)
     with new_artifact(path, "prepare") as writer:
         save_file(rows, writer.folder / "rows.safetensors")
+        save_file(held_out, writer.folder / "validation.safetensors")
         save_file({"order": order.astype(np.int32)}, writer.folder / "order.safetensors")
         (writer.folder / "data.json").write_text(json.dumps({"maxSteps": steps, "rowLength": ROW_LENGTH}))
     return path

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.checkpoint_writing import CheckpointWriter
+from finetune_trainer.checkpoint_writing import CheckpointWriter, RankFile
 from finetune_trainer.checkpoints import PARAMETER, LocalSlice, list_checkpoints, read_checkpoint
 from finetune_trainer.errors import CorruptArtifact
 
@@ -20,6 +20,7 @@ class Alone:
     """A backend of one rank with one parameter, whose bytes a test lets go to the file when it wants to."""
 
     rank, world_size = 0, 1
+    writes_beside_training = True
 
     def __init__(self) -> None:
         self.writers = self
@@ -27,7 +28,7 @@ class Alone:
         self.go = threading.Event()
         self.error: Exception | None = None
 
-    def slices(self) -> list[LocalSlice]:
+    def snapshot(self) -> RankFile:
         copy = bytes(self.value)
 
         def data() -> bytes:
@@ -36,7 +37,7 @@ class Alone:
                 raise self.error
             return copy
 
-        return [LocalSlice("w", PARAMETER, "U8", (4,), (0,), (4,), data)]
+        return RankFile(0, 1, [LocalSlice("w", PARAMETER, "U8", (4,), (0,), (4,), data)])
 
     def broadcast(self, value: Any) -> Any:
         return value
@@ -75,6 +76,23 @@ def test_training_changes_the_state_while_what_was_copied_is_written(
     (path,) = list_checkpoints(tmp_path)
     assert bytes(read_checkpoint(path).read_rows(PARAMETER, "w", 0, 4)) == b"abcd"
     assert writer.wait() is None
+
+
+def test_where_writing_talks_over_the_devices_training_waits_for_it_and_an_error_comes_out_at_the_next_step(
+    backend: Alone, writer: CheckpointWriter, tmp_path: Path
+) -> None:
+    backend.writes_beside_training = False
+    backend.go.set()
+    writer.start(3, state(3))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003"]
+    saved = writer.poll()
+    assert saved is not None
+    assert saved.step == 3
+    assert writer.poll() is None
+    backend.error = OSError("no space left")
+    writer.start(6, state(6))
+    with pytest.raises(OSError, match="no space left"):
+        writer.poll()
 
 
 def test_two_are_never_written_at_once(backend: Alone, writer: CheckpointWriter) -> None:

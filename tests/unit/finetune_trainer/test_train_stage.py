@@ -62,7 +62,7 @@ def test_arguments_are_read_and_the_identity_leaves_out_what_does_not_change_the
             "globalBatchSize 9 must be microBatchSize 2 x gradientAccumulationSteps 4",
         ),
         ("parallelism", "dataParallelSize", 2, "dataParallelSize 2 must be numNodes 1 x procsPerNode 1"),
-        ("parallelism", "tensorParallelSize", 2, "tensorParallelSize is 2: this trainer has data parallelism only"),
+        ("parallelism", "tensorParallelSize", 2, "tensorParallelSize is 2: on CPU and CUDA this trainer has data par"),
         ("parallelism", "strategy", "zero", "parallelism.strategy must be one of ddp, fsdp, got 'zero'"),
         ("training", "gradientCheckpointing", 1, "spec.training.gradientCheckpointing must be true or false, got 1"),
     ],

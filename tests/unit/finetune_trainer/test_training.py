@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,8 +23,9 @@ from train_runs import METHOD, ROW_LENGTH, make_rows, train_config, write_prepar
 from finetune_trainer import contract, training
 from finetune_trainer.backends import IGNORED, MicroBatch, ModelPlan
 from finetune_trainer.backends.torch import TorchBackend
-from finetune_trainer.batches import PreparedRows, open_rows
+from finetune_trainer.batches import PreparedRows, held_out_batches, open_rows
 from finetune_trainer.errors import CorruptArtifact, RetryableError, UserError
+from finetune_trainer.evaluation import measure_loss
 from finetune_trainer.progress import Progress, ProgressPoster
 from finetune_trainer.training import TrainingPlan, chunk_seed, learning_rate
 
@@ -285,6 +287,44 @@ def test_training_lowers_the_loss_and_leaves_log_and_checkpoint(
     assert (outcome.timings.steps, outcome.timings.checkpoints) == (4, 2)
     assert "step 4/4  loss " in capsys.readouterr().out
     assert len((tmp_path / "work/training.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_held_out_loss_is_that_of_evaluation_and_training_does_not_notice_it(
+    make_backend: Callable[..., TorchBackend], tmp_path: Path, strategy: str
+) -> None:
+    rows = open_rows(write_prepared(tmp_path / "p", steps=4, global_batch_size=8), 8)
+    arrays = make_rows(5, packed=False, seed=9)  # no multiple of the micro batch
+    held_out = PreparedRows(order=np.zeros(0, dtype=np.int32), max_steps=0, global_batch_size=0, **arrays)
+    ends = []
+    for every in (None, 3):
+        backend = make_backend(strategy=strategy, method=METHOD)
+        plan = make_plan(evaluate_every_steps=every)
+        progress = Progress(ProgressPoster({}), plan.total_steps)
+        work = tmp_path / f"work-{every}"
+        training.train(backend, plan, rows, work, None, progress, should_stop=lambda: False, held_out=held_out)
+        ends.append([bytes(part.data()) for part in backend.slices() if part.kind == "param"])
+    assert ends[0] == ends[1]
+    lines = [json.loads(line) for line in (tmp_path / "work-3" / "training.jsonl").read_text().splitlines()]
+    found = [line for line in lines if "validationLoss" in line]
+    assert [line["step"] for line in found] == [3, 4]
+    if strategy == "ddp":
+        expected = measure_loss(backend._model.eval(), held_out)
+        assert expected is not None
+        assert found[-1]["validationLoss"] == pytest.approx(expected.loss, abs=1e-5)
+        assert found[-1]["validationTokens"] == expected.tokens
+
+
+@settings(deadline=None)
+@given(rows=st.integers(1, 12), micro=st.integers(1, 4), ranks=st.integers(1, 4))
+def test_ranks_share_held_out_rows_evenly_and_each_target_counts_once(rows: int, micro: int, ranks: int) -> None:
+    arrays = make_rows(rows, packed=False, seed=rows)
+    held_out = PreparedRows(order=np.zeros(0, dtype=np.int32), max_steps=0, global_batch_size=0, **arrays)
+    shares = [list(held_out_batches(held_out, micro, rank, ranks, whole=True)) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    batches = [batch for share in shares for batch in share]
+    assert {batch.input_ids.shape for batch in batches} == {(micro, ROW_LENGTH)}
+    assert sum(int((batch.targets != IGNORED).sum()) for batch in batches) == held_out.supervised_in_all()
 
 
 class Posted(ProgressPoster):

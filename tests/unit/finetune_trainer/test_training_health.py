@@ -16,7 +16,8 @@ from train_runs import Ranks, outputs, read_reports, train_config, wait_until, w
 
 from finetune_trainer import contract, stage
 from finetune_trainer.artifacts import artifact_ref
-from finetune_trainer.backends.torch import TorchBackend, _collective_timeout
+from finetune_trainer.backends.torch import TorchBackend
+from finetune_trainer.backends.torch_ranks import collective_timeout
 from finetune_trainer.batches import PreparedRows, open_rows
 from finetune_trainer.checkpoints import find_last_checkpoint
 from finetune_trainer.contract import COLLECTIVE_TIMEOUT_ENV, ExitCode, StageConfig
@@ -100,7 +101,7 @@ def test_a_peer_that_hangs_is_named_with_the_collective(ranks: Ranks, workspace:
 def test_a_timeout_that_is_no_time_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(COLLECTIVE_TIMEOUT_ENV, text)
     with pytest.raises(UserError, match=f"{COLLECTIVE_TIMEOUT_ENV} is '{text}': give a positive number of seconds"):
-        _collective_timeout()
+        collective_timeout()
 
 
 def test_host_memory_that_runs_out_says_which_limit_to_raise() -> None:

@@ -16,7 +16,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from finetune_trainer.tensorboard_log import TENSORBOARD_FOLDER, TensorBoardLog
 from finetune_trainer.throughput import Speed
-from finetune_trainer.training_log import LOG_NAME, TIMINGS_NAME, TrainingLog, repeated_steps
+from finetune_trainer.training_log import LOG_NAME, TIMINGS_NAME, TrainingLog, read_losses, repeated_steps
 
 SPEED = Speed(1.0, 100.0, 0.5, 0.1, 0.25, 1 << 30, None)
 
@@ -137,6 +137,20 @@ def test_a_log_whose_times_are_lost_keeps_its_curve(tmp_path: Path) -> None:
         *((step, 2000.0, 10.0 - step) for step in range(1, 4)),
         (4, 2001.0, 6.0),
     ]
+
+
+def test_the_held_out_loss_has_lines_and_a_curve_of_its_own_that_survive_a_restart(tmp_path: Path) -> None:
+    log = write(tmp_path, 0, 1, range(1, 3), 1000.0)
+    log.write_held_out({"step": 2, "validationLoss": 3.0})
+    log.write_held_out({"step": 4, "validationLoss": 2.5})
+    log.close()
+    write(tmp_path, 2, 2, range(3, 4), 2000.0).close()
+    lines = [json.loads(text) for text in (tmp_path / LOG_NAME).read_text().splitlines()]
+    assert [(line["step"], "loss" in line) for line in lines] == [(1, True), (2, True), (2, False), (3, True)]
+    assert read_losses(tmp_path / LOG_NAME) == (9.0, 7.0)
+    folder = tmp_path / TENSORBOARD_FOLDER
+    assert [(step, value) for step, _, value in curve(folder, "validation/loss")] == [(2, 3.0)]
+    assert [step for step, _, _ in curve(folder, "speed/step_seconds")] == [1, 2, 3]
 
 
 def test_a_full_volume_is_an_error_and_not_a_writer_that_waits(tmp_path: Path) -> None:

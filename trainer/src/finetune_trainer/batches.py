@@ -70,18 +70,20 @@ class PreparedRows:
         return int((self._targets(np.arange(self.input_ids.shape[0], dtype=np.int32)) != IGNORED).sum())
 
     def micro_batches(
-        self, step: int, micro_batch_size: int, dp_rank: int, dp_size: int
+        self, step: int, micro_batch_size: int, dp_rank: int, dp_size: int, *, whole: bool = False
     ) -> Iterator[tuple[int, MicroBatch]]:
         """(number of the chunk, its rows) for each accumulation step of data parallel rank `dp_rank`."""
         rows = self.rows_of(step)
         for chunk in range(dp_rank, self.global_batch_size // micro_batch_size, dp_size):
-            yield chunk, self.batch(rows[chunk * micro_batch_size : (chunk + 1) * micro_batch_size])
+            yield chunk, self.batch(rows[chunk * micro_batch_size : (chunk + 1) * micro_batch_size], whole=whole)
 
-    def batch(self, rows: Tokens) -> MicroBatch:
-        """The rows (m,) as a micro batch, cut after the longest row's last token."""
-        used = (self.segment_ids[rows] != 0).any(axis=0).nonzero()[0]
-        length = int(used[-1]) + 1 if len(used) else 1
-        length = min(-(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, self.input_ids.shape[1])
+    def batch(self, rows: Tokens, *, whole: bool = False) -> MicroBatch:
+        """The rows (m,) as a micro batch, cut after the longest row's last token unless they are to be `whole`."""
+        length = self.input_ids.shape[1]
+        if not whole:
+            used = (self.segment_ids[rows] != 0).any(axis=0).nonzero()[0]
+            last = int(used[-1]) + 1 if len(used) else 1
+            length = min(-(-last // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, length)
         return MicroBatch(
             input_ids=np.ascontiguousarray(self.input_ids[rows, :length]),
             targets=np.ascontiguousarray(self._targets(rows)[:, :length]),
@@ -143,6 +145,22 @@ def open_validation_rows(folder: Path) -> PreparedRows:
     """The held-out rows of the prepare artifact in `folder`, maybe none; they have no order and no steps."""
     arrays = _open_arrays(folder / VALIDATION_NAME)
     return PreparedRows(order=np.zeros(0, dtype=np.int32), max_steps=0, global_batch_size=0, **arrays)
+
+
+def held_out_batches(
+    rows: PreparedRows, micro_batch_size: int, dp_rank: int, dp_size: int, *, whole: bool = False
+) -> Iterator[MicroBatch]:
+    """The share of all `rows` that data parallel rank `dp_rank` measures: of every rank as many, all of one size.
+
+    Where rows run out a row comes again without a target, so that it counts for nothing.
+    """
+    count = rows.input_ids.shape[0]
+    rounds = -(-count // (micro_batch_size * dp_size))
+    for chunk in range(dp_rank, rounds * dp_size, dp_size):
+        numbers = np.arange(chunk * micro_batch_size, (chunk + 1) * micro_batch_size, dtype=np.int32)
+        batch = rows.batch(np.minimum(numbers, count - 1), whole=whole)
+        batch.targets[numbers >= count] = IGNORED
+        yield batch
 
 
 def _open_arrays(path: Path) -> dict[str, Tokens]:

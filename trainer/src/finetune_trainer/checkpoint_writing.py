@@ -2,9 +2,11 @@
 
 training.py has one CheckpointWriter in each rank. What training waits for is the copy, and an earlier checkpoint that
 is not written yet: there are never two at once. The thread writes, hashes while it writes, reads back, and publishes as
-checkpoints.py describes; its collectives go over the backend's channel for writers, so they never meet training's.
+checkpoints.py describes; its collectives go over the backend's channel for writers, so they never meet training's. A
+backend whose writing talks over its devices has the same done in the main thread, and training waits for all of it.
 
-A kill at any moment leaves no folder of the checkpoint's name or a whole one, as without a thread.
+What a rank writes is the backend's Snapshot; temporary folder, manifest and name are one for all formats. A kill at any
+moment leaves no folder of the checkpoint's name or a whole one, as without a thread.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.artifacts import new_artifact, remove_artifact
-from finetune_trainer.backends import Backend, Channel
+from finetune_trainer.artifacts import FileEntry, new_artifact, remove_artifact
+from finetune_trainer.backends import Backend, Channel, Snapshot
 from finetune_trainer.checkpoints import (
     CHECKPOINT_KIND,
     STATE_NAME,
@@ -30,6 +32,19 @@ from finetune_trainer.checkpoints import (
 from finetune_trainer.contract import canonical_json
 
 THREAD_NAME = "checkpoint-writer"
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """See backends.Snapshot: this rank's slices, one file in the format of checkpoints.py."""
+
+    rank: int
+    world_size: int
+    slices: Sequence[LocalSlice]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path, step: int) -> list[FileEntry]:
+        return [write_rank_file(folder, self.rank, self.world_size, step, self.slices)]
 
 
 @dataclass(frozen=True)
@@ -58,21 +73,23 @@ class CheckpointWriter:
         """
         if self._thread is not None:
             raise ValueError(f"the checkpoint before step {step} is still being written")
-        slices = self._backend.slices()
+        snapshot = self._backend.snapshot()
+        if not self._backend.writes_beside_training:
+            self._run(step, state, snapshot)
+            return
         # A daemon: a rank that has lost its peers must be able to end while the thread still waits for them.
-        self._thread = threading.Thread(target=self._run, args=(step, state, slices), name=THREAD_NAME, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(step, state, snapshot), name=THREAD_NAME, daemon=True)
         self._thread.start()
 
     def poll(self) -> Saved | None:
         """The checkpoint that was written since the last call, if any; raises what its writing raised."""
-        return None if self._thread is None or self._thread.is_alive() else self.wait()
+        return None if self._thread is not None and self._thread.is_alive() else self.wait()
 
     def wait(self) -> Saved | None:
         """Wait for the checkpoint that is being written and return it, None when there is none; raises its error."""
         thread, self._thread = self._thread, None
-        if thread is None:
-            return None
-        thread.join()
+        if thread is not None:
+            thread.join()
         result, self._result = self._result, None
         if isinstance(result, BaseException):
             raise result
@@ -85,13 +102,14 @@ class CheckpointWriter:
         except BaseException as error:  # noqa: BLE001 - told, and not raised over the error that ends the run
             print(f"the checkpoint that was being written is lost: {type(error).__name__}: {error}", flush=True)
 
-    def _run(self, step: int, state: Mapping[str, Any], slices: Sequence[LocalSlice]) -> None:
+    def _run(self, step: int, state: Mapping[str, Any], snapshot: Snapshot) -> None:
         began = time.monotonic()
         backend = self._backend
+        channel = backend.writers if backend.writes_beside_training else backend
         try:
             if self._before and backend.rank == 0:
                 self._before()
-            write_checkpoint(backend.writers, backend.rank, backend.world_size, self._root, step, state, slices)
+            write_checkpoint(channel, backend.rank, self._root, step, state, snapshot)
             if backend.rank == 0:
                 remove_old_checkpoints(self._root, step, self._keep)
             self._result = Saved(step, time.monotonic() - began)
@@ -100,18 +118,12 @@ class CheckpointWriter:
 
 
 def write_checkpoint(
-    channel: Channel,
-    rank: int,
-    world_size: int,
-    root: Path,
-    step: int,
-    state: Mapping[str, Any],
-    slices: Sequence[LocalSlice],
+    channel: Channel, rank: int, root: Path, step: int, state: Mapping[str, Any], snapshot: Snapshot
 ) -> None:
     """Write and publish the checkpoint of `step` under `root`. All ranks.
 
-    Rank 0 makes the temporary folder, every rank writes and reads back its file there, rank 0 writes state.json and the
-    manifest last and renames. A kill at any moment leaves no folder of that name, or a whole one.
+    Rank 0 makes the temporary folder, every rank writes and reads back its files there, rank 0 writes state.json and
+    the manifest last and renames. A kill at any moment leaves no folder of that name, or a whole one.
     """
     path = checkpoint_folder(root, step)
     with ExitStack() as stack:
@@ -121,11 +133,10 @@ def write_checkpoint(
             remove_artifact(path)
             writer = stack.enter_context(new_artifact(path, CHECKPOINT_KIND))
         folder = root / channel.broadcast(writer.folder.name if writer else None)
-        entry = write_rank_file(folder, rank, world_size, step, slices)
-        entries = channel.gather(entry)
+        entries = channel.gather(snapshot.write(folder, step))
         if writer:
-            for written in entries:
+            for written in (entry for of_rank in entries for entry in of_rank):
                 writer.record(written.path, written.size, written.sha256)
-            writer.write(STATE_NAME, canonical_json(state))
+            writer.write(STATE_NAME, canonical_json({**state, **snapshot.extra}))
     # It counts as written in no rank before it is published.
     channel.broadcast(None)

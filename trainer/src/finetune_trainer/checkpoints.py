@@ -10,6 +10,11 @@ A checkpoint is an artifact (manifest.json last, renamed into place) of kind "ch
                                   model, optimizer, scheduler, world size, names and shapes of the parameters
 
 Names are the ones that peft writes to adapter files (no adapter name in them), so consolidation is concatenation.
+
+A checkpoint whose state.json has a "format" is in that format instead, in the same kind of folder with the same
+manifest: NEURON_FORMAT is the vendor's shards, which neuron_checkpoints.py reads. Which checkpoint to take, what is
+damaged, what to refuse and what to remove is decided here for all of them.
+
 The training loop writes and resumes with this module and consolidation reads with it; it knows no process group, no
 model library and no device, and never unpickles.
 """
@@ -17,6 +22,7 @@ model library and no device, and never unpickles.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +46,14 @@ from finetune_trainer.safetensors_stream import (
 CHECKPOINT_KIND = "checkpoint"
 STATE_NAME = "state.json"
 FORMAT_VERSION = 1
+
+NEURON_FORMAT = "neuronx-distributed"
+"""state.json's "format" where parameters and optimizer are shards as neuronx-distributed writes them."""
+NEURON_ADAPTER_SHARDS = "adapter_default/adapter_shards"
+NEURON_MODEL_SHARDS = "shards"
+"""Where in such a checkpoint the shards of an adapter and those of a whole model lie."""
+NEURON_SIZES = ("tensorParallelSize", "pipelineParallelSize", "dataParallelSize")
+"""Sizes in state.json's "layout" of such a checkpoint, which together make its world size."""
 
 PARAMETER = "param"
 FIRST_MOMENT = "exp_avg"
@@ -113,7 +127,10 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files, index and state agree. `tensors` by (kind, name), random states by (rank, name)."""
+    """A checkpoint whose files, index and state agree. `tensors` by (kind, name), random states by (rank, name).
+
+    Both are empty where `format` is not None: a reader of its own reads those. `files` are the manifest's.
+    """
 
     path: Path
     step: int
@@ -122,6 +139,18 @@ class Checkpoint:
     state: Mapping[str, Any]
     tensors: Mapping[tuple[str, str], StoredTensor]
     random_states: Mapping[tuple[int, str], StoredTensor]
+    files: tuple[FileEntry, ...] = ()
+
+    @property
+    def format(self) -> str | None:
+        """state.json's "format"; None is this module's own."""
+        return self.state.get("format")
+
+    def parameter_facts(self) -> dict[str, list[Any]]:
+        """{name: [shape, dtype]} of the trainable parameters."""
+        if self.format is None:
+            return {name: [list(tensor.shape), tensor.dtype] for name, tensor in self.parameters().items()}
+        return {name: [entry["shape"], entry.get("dtype")] for name, entry in self.state["parameters"].items()}
 
     def parameters(self) -> dict[str, StoredTensor]:
         """The trainable parameters by name, sorted."""
@@ -191,9 +220,30 @@ def read_checkpoint(path: Path, *, contents: bool = True) -> Checkpoint:
     if manifest.kind != CHECKPOINT_KIND:
         raise CorruptArtifact(f"{path} is an artifact of kind {manifest.kind!r}, expected {CHECKPOINT_KIND!r}")
     state = _read_state(path)
-    tensors, random_states = _index(path, manifest, state)
-    _check_parameters(path, state, tensors)
-    return Checkpoint(path, state["step"], state["worldSize"], manifest.digest, state, tensors, random_states)
+    tensors: dict[tuple[str, str], StoredTensor] = {}
+    random_states: dict[tuple[int, str], StoredTensor] = {}
+    if "format" in state:
+        _check_neuron_files(path, manifest, state)
+    else:
+        tensors, random_states = _index(path, manifest, state)
+        _check_parameters(path, state, tensors)
+    step, world_size = state["step"], state["worldSize"]
+    return Checkpoint(path, step, world_size, manifest.digest, state, tensors, random_states, manifest.files)
+
+
+def neuron_shard_files(shards: str, tp_size: int, pp_size: int, dp_size: int) -> dict[str, tuple[str, ...]]:
+    """The files that neuronx-distributed writes below the folder `shards`, by what is in them.
+
+    "model" has one for each tensor and pipeline parallel rank, "optim" (ZeRO-1) one for each rank of all, "metadata"
+    one for each pipeline parallel rank. Data parallel ranks come first, then tensor and pipeline parallel ones.
+    """
+    name = "dp_rank_{:02d}_tp_rank_{:02d}_pp_rank_{:02d}.pt"
+    stages = [(tp, pp) for pp in range(pp_size) for tp in range(tp_size)]
+    return {
+        "model": tuple(f"{shards}/model/{name.format(0, tp, pp)}" for tp, pp in stages),
+        "optim": tuple(f"{shards}/optim/{name.format(dp, tp, pp)}" for tp, pp in stages for dp in range(dp_size)),
+        "metadata": tuple(f"{shards}/mp_metadata_pp_rank_{pp}.json" for pp in range(pp_size)),
+    }
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -239,6 +289,27 @@ def differences(expected: Any, found: Any, where: str = "") -> list[str]:
     if expected == found:
         return []
     return [f"{where}: the job has {json.dumps(expected)}, the checkpoint {json.dumps(found)}"]
+
+
+def _check_neuron_files(path: Path, manifest: Manifest, state: Mapping[str, Any]) -> None:
+    """The manifest has proved what is there; this proves that it is all that a checkpoint of this layout has."""
+    file = path / STATE_NAME
+    if state["format"] != NEURON_FORMAT:
+        raise CorruptArtifact(f"{file} has format {state['format']!r}, this trainer reads {NEURON_FORMAT!r}")
+    layout = state.get("layout")
+    sizes: list[Any] = [layout.get(name) for name in NEURON_SIZES] if isinstance(layout, dict) else []
+    if not sizes or not all(is_count(size) and 0 < size <= _MOST_RANKS for size in sizes):
+        raise CorruptArtifact(f"{file} has no layout with {', '.join(NEURON_SIZES)}: {layout!r}")
+    if math.prod(sizes) != state["worldSize"]:
+        raise CorruptArtifact(f"{file}: the sizes in its layout {layout} do not make worldSize {state['worldSize']}")
+    present = {entry.path for entry in manifest.files}
+    shards = [name for name in (NEURON_ADAPTER_SHARDS, NEURON_MODEL_SHARDS) if f"{name}/done" in present]
+    if len(shards) != 1:
+        which = "both" if shards else "neither"
+        raise CorruptArtifact(f"{path} has {which} of {NEURON_ADAPTER_SHARDS}/done and {NEURON_MODEL_SHARDS}/done")
+    expected = {name for names in neuron_shard_files(shards[0], *sizes).values() for name in names}
+    if missing := expected - present:
+        raise CorruptArtifact(f"{path} was written by {state['worldSize']} ranks and lacks {some_names(missing)}")
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -208,9 +208,12 @@ def encode_adapter_config(model: Any, source: str) -> bytes | None:
     None for a model without an adapter.
     """
     configs = getattr(model, "peft_config", None)
-    if configs is None:
-        return None
-    value = configs[_ADAPTER].to_dict()
+    return None if configs is None else encode_peft_config(configs[_ADAPTER], source)
+
+
+def encode_peft_config(config: Any, source: str) -> bytes:
+    """adapter_config.json of one of peft's configs."""
+    value = config.to_dict()
     value.update(base_model_name_or_path=source, inference_mode=True)
     plain = {key: sorted(entry) if isinstance(entry, set) else entry for key, entry in value.items()}
     return json.dumps(plain, indent=2, sort_keys=True).encode() + b"\n"

@@ -127,6 +127,15 @@ class Progress:
         """The checkpoint of `step` is being written, which may take longer than many steps."""
         self._post(step=step, phase="saving")
 
+    def evaluating(self, step: int) -> None:
+        """The held-out loss after `step` is being measured, which may take longer than many steps."""
+        self._post(step=step, phase="evaluating")
+
+    def evaluated(self, line: Mapping[str, Any]) -> None:
+        """A line of the held-out loss was written to training.jsonl."""
+        print(f"step {line['step']}/{self._total}  held-out loss {line['validationLoss']:.4f}", flush=True)
+        self._post(validationLoss=line["validationLoss"])
+
     def logged(self, line: Mapping[str, Any], speed: Speed, seconds_left: float) -> None:
         """A line of training.jsonl was written: its steps are done, at this speed since the line before."""
         eta = (

@@ -18,6 +18,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 CURVES: Mapping[str, str] = {
     "loss": "train/loss",
+    "validationLoss": "validation/loss",
     "learningRate": "train/learning_rate",
     "gradientNorm": "train/gradient_norm",
     "tokensPerSecond": "speed/tokens_per_second",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune_trainer.backends import Backend, MicroBatch, Tokens
-from finetune_trainer.batches import PreparedRows
+from finetune_trainer.backends import Backend, MicroBatch, Number, Tokens
+from finetune_trainer.batches import PreparedRows, held_out_batches
 from finetune_trainer.checkpoint_writing import CheckpointWriter, Saved
 from finetune_trainer.checkpoints import (
     FORMAT_VERSION,
@@ -70,6 +70,8 @@ class TrainingPlan:
     keep_checkpoints: int
     log_every_steps: int
     identity: Mapping[str, Any]
+    evaluate_every_steps: int | None = None
+    """Steps between measurements of the held-out loss; the last step has one too. None measures none."""
 
     def micro_steps(self, backend: Backend) -> int:
         """Micro steps of each rank in an optimizer step."""
@@ -152,7 +154,8 @@ def chunk_seed(seed: int, step: int, chunk: int) -> int:
 def resume(backend: Backend, plan: TrainingPlan, root: Path) -> Checkpoint | None:
     """Load the newest checkpoint under `root` that verifies into the built backend; None when there is none. All ranks.
 
-    Damaged newer ones are named in the log. UserError lists each field in which the checkpoint is another job's.
+    Damaged newer ones are named in the log. UserError lists each field in which the checkpoint is another job's, or
+    was written by ranks that share the model otherwise.
     RetryableError when it changed or went away meanwhile, as it does where an attempt before this one still writes.
     """
     choice: tuple[str, str] | None = None
@@ -191,7 +194,7 @@ def check_packing(backend: Backend, plan: TrainingPlan, rows: PreparedRows, row:
 
     ValueError when the row holds one document only: nothing would be proved.
     """
-    batch = rows.batch(np.array([row], dtype=np.int32))
+    batch = rows.batch(np.array([row], dtype=np.int32), whole=backend.whole_rows)
     if int(batch.segment_ids.max(initial=0)) < 2:
         raise ValueError(f"row {row} holds fewer than two documents")
     try:
@@ -203,11 +206,14 @@ def check_packing(backend: Backend, plan: TrainingPlan, rows: PreparedRows, row:
     # On a GPU int8 layers round activations to 8 bits, and the last bits of a shape decide to which side.
     is_rounded = plan.identity.get("method", {}).get("quantization") == "int8"
     limit = _PACKING_TOLERANCE["bf16" if is_rounded else plan.precision]
-    if not (alone <= limit and neighbours <= _NEIGHBOUR_TOLERANCE):
+    neighbour_limit = limit if backend.rounds_at_random else _NEIGHBOUR_TOLERANCE
+    if backend.is_tracing:
+        return
+    if not (alone <= limit and neighbours <= neighbour_limit):
         raise UserError(
             "PackingContaminates",
             f"logits of the second document of row {row} differ by {alone:.2g} from the document alone (limit "
-            f"{limit:g}) and by {neighbours:.2g} with other neighbours (limit {_NEIGHBOUR_TOLERANCE:g}), relative to "
+            f"{limit:g}) and by {neighbours:.2g} with other neighbours (limit {neighbour_limit:g}), relative to "
             "the largest: the model's attention mixes packed documents, set dataset.packing: none",
         )
     if backend.rank == 0:
@@ -227,11 +233,12 @@ def train(
     *,
     should_stop: Callable[[], bool],
     attempt: int = 1,
+    held_out: PreparedRows | None = None,
 ) -> Outcome:
     """Train from `start` (already loaded) to the last step and leave its checkpoint under `work`. All ranks.
 
-    Interrupted when should_stop() was true on any rank: a checkpoint is written first. UserError when loss or gradient
-    is no finite number.
+    `held_out` are the rows whose loss is measured every plan.evaluate_every_steps. Interrupted when should_stop() was
+    true on any rank: a checkpoint is written first. UserError when loss or gradient is no finite number.
     """
     first = start.step if start else 0
     window = _Window()
@@ -243,7 +250,7 @@ def train(
     writer = CheckpointWriter(
         backend, work / CHECKPOINTS_FOLDER, plan.keep_checkpoints, before=log.sync_lines if log else None
     )
-    run = _Run(backend, plan, rows, writer, window, progress, log)
+    run = _Run(backend, plan, rows, writer, window, progress, log, held_out)
     with closing(log) if log else nullcontext():
         if backend.rank == 0:
             progress.started(first)
@@ -258,6 +265,21 @@ def train(
     return Outcome(checkpoint_folder(work / CHECKPOINTS_FOLDER, saved), first_loss, loss, run.timings)
 
 
+def trace(
+    backend: Backend, plan: TrainingPlan, rows: PreparedRows, steps: int, held_out: PreparedRows | None = None
+) -> int:
+    """Take `steps` steps and one measurement of the held-out loss for their programs only; the steps taken. All ranks.
+
+    Nothing is read, checked or written: of a backend that is tracing no number means anything.
+    """
+    for step in range(min(steps, plan.total_steps)):
+        _take_step(backend, plan, rows, step, rows.counts(step).supervised)
+        backend.update(learning_rate(plan, step), plan.max_gradient_norm)
+    if held_out is not None:
+        backend.held_out_loss(_held_out_share(backend, plan, held_out))
+    return min(steps, plan.total_steps)
+
+
 def _steps(run: _Run, first: int, should_stop: Callable[[], bool]) -> int:
     """All steps from `first` to the last; returns the step of the last checkpoint, which is complete then."""
     plan = run.plan
@@ -265,6 +287,9 @@ def _steps(run: _Run, first: int, should_stop: Callable[[], bool]) -> int:
         stop = run.step(step, should_stop())
         done = step + 1
         last = done == plan.total_steps
+        if plan.evaluate_every_steps and (last or done % plan.evaluate_every_steps == 0):
+            # Before the checkpoint: whoever resumes from that must find this line in the log.
+            run.evaluate(done)
         if last or stop or done % plan.checkpoint_every_steps == 0:
             run.save(done, wait=last or stop)
         else:
@@ -278,6 +303,18 @@ def _steps(run: _Run, first: int, should_stop: Callable[[], bool]) -> int:
     return plan.total_steps
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """A step (numbered from 0) whose loss and norm are not read yet."""
+
+    step: int
+    loss: Number
+    norm: Number
+    rate: float
+    supervised: int
+    tokens: int
+
+
 @dataclass
 class _Run:
     """One attempt's state in one rank."""
@@ -289,6 +326,8 @@ class _Run:
     window: _Window
     progress: Progress
     log: TrainingLog | None
+    held_out: PreparedRows | None = None
+    unread: list[_Taken] = field(default_factory=list)
     timings: Timings = field(default_factory=Timings)
     logged: Timings = field(default_factory=Timings)
     """The timings at the last log line."""
@@ -303,38 +342,51 @@ class _Run:
                 "NothingSupervised",
                 f"no token of the global batch of step {step + 1} is supervised: raise dataset.maxLength or the batch",
             )
-        chunks = self.rows.micro_batches(
-            step, plan.micro_batch_size, backend.data_parallel_rank, backend.data_parallel_size
-        )
         self.timings.data_seconds += time.monotonic() - began
-        for number, (chunk, batch) in enumerate(self._timed(chunks), start=1):
-            seed = chunk_seed(plan.seed, step, chunk)
-            backend.micro_step(batch, 1.0 / supervised, seed, last=number == plan.micro_steps(backend))
-        loss, (stopping,) = backend.reduce([float(stop)])
+        loss, (stopping,) = _take_step(backend, plan, self.rows, step, supervised, [float(stop)], self._timed)
         rate = learning_rate(plan, step)
-        norm = backend.update(rate, plan.max_gradient_norm) if math.isfinite(loss) else math.nan
-        if not math.isfinite(norm):
-            raise UserError(
-                "LossNotFinite" if not math.isfinite(loss) else "GradientNotFinite",
-                f"step {step + 1} of {plan.total_steps}: loss {loss}, gradient norm {norm}, learning rate {rate:.3g}: "
-                "lower training.learningRate, raise warmupSteps, or use precision fp32; look at the rows of that step, "
-                f"{_shown(self.rows.rows_of(step))} of prepare's; earlier checkpoints stay as they are",
-            )
-        self.window.add(loss, supervised, tokens)
+        # Of a backend that reads late nobody knows yet whether the loss is finite.
+        is_safe = backend.reads_late or math.isfinite(loss)
+        norm = backend.update(rate, plan.max_gradient_norm) if is_safe else math.nan
+        self.unread.append(_Taken(step, loss, norm, rate, supervised, tokens))
+        done = step + 1
+        is_logged = done == 1 or done % plan.log_every_steps == 0 or done == plan.total_steps
+        if is_logged or not backend.reads_late:
+            norm = self._read()
         self.timings.step_seconds += time.monotonic() - began
         self.timings.tokens += tokens
         self.timings.steps += 1
         if backend.model_size:
             self.timings.flops += backend.model_size.training_flops(tokens, attended)
-        done = step + 1
-        if done == 1 or done % plan.log_every_steps == 0 or done == plan.total_steps:
+        if is_logged:
             self._log(done, rate, norm)
         elif self.log:
             self.progress.stepped(done)
         return stopping > 0
 
+    def evaluate(self, done: int) -> None:
+        """Measure the held-out loss after `done` steps and write it to the log; UserError when it is not finite."""
+        if self.held_out is None or not (supervised := self.held_out.supervised_in_all()):
+            return
+        if self.log:
+            # No step is told of meanwhile.
+            self.progress.evaluating(done)
+        share = _held_out_share(self.backend, self.plan, self.held_out)
+        loss = self.backend.held_out_loss(share) / supervised
+        if not math.isfinite(loss):
+            raise UserError(
+                "LossNotFinite",
+                f"step {done} of {self.plan.total_steps}: held-out loss {loss}: lower training.learningRate, raise "
+                "warmupSteps, or use precision fp32; earlier checkpoints stay as they are",
+            )
+        if self.log:
+            line = {"step": done, "validationLoss": loss, "validationTokens": supervised}
+            self.log.write_held_out(line)
+            self.progress.evaluated(line)
+
     def save(self, done: int, *, wait: bool) -> None:
         """Begin to write the checkpoint after `done` steps, once the one before is written; with `wait` to its end."""
+        self._read()  # nothing is kept before it is known to be finite
         began = time.monotonic()
         if self.log:
             # Until the next step is told of, training stands still for it.
@@ -350,6 +402,30 @@ class _Run:
     def hear_of_checkpoint(self) -> None:
         """Tell of the checkpoint that has become complete since, if any; raises what its writing raised."""
         self._told(self.writer.poll())
+
+    def _read(self) -> float:
+        """Take the loss of the steps since the last call into the window; the last one's norm, NaN where there is none.
+
+        UserError names the first step of which either is no finite number.
+        """
+        taken, self.unread = self.unread, []
+        norm = math.nan
+        if taken:
+            numbers = self.backend.read([(step.loss, step.norm) for step in taken])
+            for step, (loss, norm) in zip(taken, numbers, strict=True):
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    raise self._not_finite(step, loss, norm)
+                self.window.add(loss, step.supervised, step.tokens)
+        return norm
+
+    def _not_finite(self, taken: _Taken, loss: float, norm: float) -> UserError:
+        return UserError(
+            "LossNotFinite" if not math.isfinite(loss) else "GradientNotFinite",
+            f"step {taken.step + 1} of {self.plan.total_steps}: loss {loss}, gradient norm {norm}, learning rate "
+            f"{taken.rate:.3g}: lower training.learningRate, raise warmupSteps, or use precision fp32; look at the "
+            f"rows of that step, {_shown(self.rows.rows_of(taken.step))} of prepare's; earlier checkpoints stay as "
+            "they are",
+        )
 
     def _told(self, saved: Saved | None) -> None:
         if saved is None:
@@ -425,11 +501,41 @@ class _Run:
         }
 
 
+def _take_step(
+    backend: Backend,
+    plan: TrainingPlan,
+    rows: PreparedRows,
+    step: int,
+    supervised: int,
+    extras: Sequence[float] = (),
+    timed: Callable[[Iterator[tuple[int, MicroBatch]]], Iterator[tuple[int, MicroBatch]]] = iter,
+) -> tuple[Number, list[float]]:
+    """The gradient of the global batch of `step`, which has `supervised` targets: what Backend.reduce returns."""
+    chunks = rows.micro_batches(
+        step, plan.micro_batch_size, backend.data_parallel_rank, backend.data_parallel_size, whole=backend.whole_rows
+    )
+    for number, (chunk, batch) in enumerate(timed(chunks), start=1):
+        seed = chunk_seed(plan.seed, step, chunk)
+        backend.micro_step(batch, 1.0 / supervised, seed, last=number == plan.micro_steps(backend))
+    return backend.reduce(extras)
+
+
+def _held_out_share(backend: Backend, plan: TrainingPlan, held_out: PreparedRows) -> Iterator[MicroBatch]:
+    return held_out_batches(
+        held_out,
+        plan.micro_batch_size,
+        backend.data_parallel_rank,
+        backend.data_parallel_size,
+        whole=backend.whole_rows,
+    )
+
+
 def _check_identity(backend: Backend, plan: TrainingPlan, checkpoint: Checkpoint) -> None:
     own = {name: [list(facts.shape), facts.dtype] for name, facts in backend.parameters().items()}
-    stored = {name: [list(tensor.shape), tensor.dtype] for name, tensor in checkpoint.parameters().items()}
     different = differences(plan.identity, checkpoint.state["identity"])
-    different += differences(own, stored, "parameters")
+    different += differences(backend.checkpoint_format, checkpoint.format, "format")
+    different += differences(backend.layout(), checkpoint.state.get("layout", {}), "parallelism")
+    different += differences(own, checkpoint.parameter_facts(), "parameters")
     if different:
         shown = "; ".join(different[:8]) + (f"; and {len(different) - 8} more" if len(different) > 8 else "")
         raise UserError(

@@ -65,6 +65,12 @@ class TrainingLog:
         if at - self._synced_at > _CURVES_SECONDS:
             self.sync_curves()
 
+    def write_held_out(self, line: Mapping[str, Any]) -> None:
+        """Add a line of the held-out loss, of a step whose own line, if it has one, is written before."""
+        self._lines.write(canonical_json(line) + b"\n")
+        self._lines.flush()
+        self._curves.write(line["step"], self._clock(), line)
+
     def sync_lines(self) -> None:
         """Make training.jsonl durable, before a checkpoint that relies on it. Any thread may call it, until close()."""
         os.fsync(self._lines.fileno())
@@ -89,7 +95,7 @@ def _points(
     points = []
     at = min((timing["at"] for timing in timings.values() if "at" in timing), default=now)
     for line in lines:
-        timing = timings.get(line["step"], {})
+        timing = timings.get(line["step"], {}) if "loss" in line else {}
         at = timing.get("at", at)
         points.append((line["step"], at, {**line, **timing}))
     return points
@@ -118,5 +124,5 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def read_losses(path: Path) -> tuple[float, float]:
     """The losses of the first and the last line; NaN where there is none."""
-    losses = [line["loss"] for line in _read_lines(path)]
+    losses = [line["loss"] for line in _read_lines(path) if "loss" in line]
     return (losses[0], losses[-1]) if losses else (math.nan, math.nan)

@@ -9,11 +9,8 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import re
-import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -26,8 +23,10 @@ from torch.nn import functional
 
 from finetune_trainer import methods
 from finetune_trainer.attention_masks import DocumentMasks
-from finetune_trainer.backends import IGNORED, Channel, MicroBatch, ModelPlan, ParameterFacts
+from finetune_trainer.backends import ADAM_BETAS, ADAM_EPSILON, IGNORED, MicroBatch, ModelPlan, ParameterFacts
+from finetune_trainer.backends.torch_ranks import WRITING_TIMEOUT, ObjectChannel, TorchRanks, collective_timeout
 from finetune_trainer.backends.torch_strategies import DDP, FSDP, TAIL, Replicas, Shards, Strategy
+from finetune_trainer.checkpoint_writing import RankFile
 from finetune_trainer.checkpoints import (
     FIRST_MOMENT,
     PARAMETER,
@@ -36,52 +35,34 @@ from finetune_trainer.checkpoints import (
     Checkpoint,
     LocalSlice,
 )
-from finetune_trainer.collective_watch import CollectiveWatch
-from finetune_trainer.contract import COLLECTIVE_TIMEOUT_ENV
-from finetune_trainer.errors import DeviceOutOfMemory, HostOutOfMemory, RetryableError, StageError, UserError
+from finetune_trainer.errors import StageError, UserError
 from finetune_trainer.throughput import ModelSize, model_size, peak_flops
 
-COLLECTIVE_TIMEOUT_SECONDS = 600.0
-"""So long a rank waits for its peers in a collective, unless contract.COLLECTIVE_TIMEOUT_ENV says otherwise. A killed
-process is noticed at once: its sockets close."""
-WRITING_TIMEOUT = timedelta(hours=2)
-"""The same between the threads that write checkpoints: one rank's file may take that much longer than another's."""
-
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_BETAS = (0.9, 0.999)
-_EPSILON = 1e-8
-_HOST_MEMORY_WORDS = ("DefaultCPUAllocator", "Cannot allocate memory")
-_RAISE_LIMIT = "raise stages.train.resources.limits.memory"
-_PEER_WORDS = re.compile(
-    r"Connection (closed|reset)|connection closed|Broken pipe|Timed out|timed out|timeout|Gloo|gloo|NCCL|"
-    r"No route to host|Connection refused|connect"
-)
 
 
-class TorchBackend:
-    """See backends.Backend. `accelerator` is cpu or cuda, `strategy` what a rank holds: DDP or FSDP.
+class TorchBackend(TorchRanks):
+    """See backends.Backend. `accelerator` is cpu or cuda, `strategy` what a rank holds: DDP or FSDP."""
 
-    Rank and world size come from torchrun's environment. `stuck` is told of a collective that waits in vain, in a
-    thread of its own, and must end the process.
-    """
+    whole_rows = False
+    reads_late = False
+    is_tracing = False
+    writes_beside_training = True
+    checkpoint_format: str | None = None
+    rounds_at_random: bool = False
+    keeps_documents_apart = True
 
     def __init__(
         self, accelerator: str, strategy: str = DDP, stuck: Callable[[StageError], None] | None = None
     ) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        super().__init__(stuck)
         self.data_parallel_rank = self.rank
         self.data_parallel_size = self.world_size
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cuda", local_rank) if accelerator == "cuda" else torch.device("cpu")
         self._sharded = strategy == FSDP
-        self._peers: list[str] = []
         self.model_size: ModelSize | None = None
         self.peak_flops: float | None = None
-        self._stuck = stuck
-        self._watch: CollectiveWatch | None = None
-        self._channel = _Channel(self.rank, self.world_size, self._collective, "")
-        self.writers: Channel = self._channel
         self._host_buffers: dict[str, torch.Tensor] = {}
 
     # ---- process group
@@ -103,29 +84,11 @@ class TorchBackend:
                 return
             store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
             # The watch comes first, since it can tell who is missing.
-            timeout = timedelta(seconds=2 * _collective_timeout() + 60)
+            timeout = timedelta(seconds=2 * collective_timeout() + 60)
             dist.init_process_group(kind, store=store, rank=rank, world_size=world_size, timeout=timeout)
             group = dist.new_group(backend="gloo", timeout=WRITING_TIMEOUT)
-            self.writers = _Channel(self.rank, self.world_size, self._guard, " of a checkpoint's writing", group)
-        self._peers = self.gather(socket.gethostname())
-        if self._stuck:
-            board = _StoreBoard(dist.PrefixStore("waiting", store.clone()), world_size)  # type: ignore[attr-defined]
-            self._watch = CollectiveWatch(self.rank, self._peers, board, _collective_timeout(), self._stuck)
-            self._watch.start()
-
-    def stop(self) -> None:
-        if dist.is_initialized():
-            with self._collective("leaving the process group"):
-                dist.barrier()
-            if self._watch:
-                self._watch.close()
-            dist.destroy_process_group()
-
-    def broadcast(self, value: Any) -> Any:
-        return self._channel.broadcast(value)
-
-    def gather(self, value: Any) -> list[Any]:
-        return self._channel.gather(value)
+            self.writers = ObjectChannel(self.rank, self.world_size, self._guard, " of a checkpoint's writing", group)
+        self._meet(store)
 
     # ---- model
 
@@ -162,7 +125,7 @@ class TorchBackend:
         rest = [p for name, p in self._named.items() if not self._decays(name, p)]
         groups = [{"params": decays, "weight_decay": plan.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self._optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=0.0, betas=_BETAS, eps=_EPSILON, fused=True
+            [group for group in groups if group["params"]], lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPSILON, fused=True
         )
 
     def parameters(self) -> dict[str, ParameterFacts]:
@@ -170,6 +133,9 @@ class TorchBackend:
             name: ParameterFacts(tuple(p.shape), _DTYPES[p.dtype], self._decays(name, p))
             for name, p in self._named.items()
         }
+
+    def layout(self) -> Mapping[str, Any]:
+        return {}
 
     def adapter_config(self, source: str) -> bytes | None:
         return methods.encode_adapter_config(self._model, source)
@@ -217,6 +183,31 @@ class TorchBackend:
             self._strategy.clear()
         return norm
 
+    def read(self, numbers: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+        return list(numbers)
+
+    def held_out_loss(self, batches: Iterable[MicroBatch]) -> float:
+        total = torch.zeros((), dtype=torch.float64)
+        doing = "measuring the held-out loss"
+        with torch.no_grad(), methods.deterministic(self._model):
+            for batch in batches:
+                supervised = batch.targets != IGNORED
+                if not supervised.any():
+                    if not self._strategy.runs_every_micro_step:
+                        continue
+                    supervised[0, 0] = True  # its target is still to be ignored
+                with self._collective(doing) if self._sharded else self._guard(doing):
+                    logits = self._logits(batch, supervised)
+                    targets = torch.from_numpy(batch.targets[supervised]).long().to(self.device)
+                    loss = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+                    total += loss.double().cpu()
+        if isinstance(self._strategy, Shards):
+            self._strategy.reshard()
+        if self.world_size > 1:
+            with self._collective(doing):
+                dist.all_reduce(total)
+        return float(total)
+
     # ---- packing
 
     def packing_error(self, batch: MicroBatch, document: int) -> tuple[float, float]:
@@ -250,7 +241,11 @@ class TorchBackend:
 
     # ---- checkpoints
 
+    def snapshot(self) -> RankFile:
+        return RankFile(self.rank, self.world_size, self.slices())
+
     def slices(self) -> list[LocalSlice]:
+        """This rank's part of a checkpoint, copied to host memory; valid until the next call."""
         found = []
         with self._guard("copying the state to host memory"):
             for name, parameter in self._named.items():
@@ -371,43 +366,6 @@ class TorchBackend:
             states["cuda"] = torch.cuda.get_rng_state(self.device)
         return states
 
-    @contextmanager
-    def _collective(self, doing: str) -> Iterator[None]:
-        """What waits for other ranks, in the main thread: guarded, and looked after where there are any."""
-        with self._guard(doing), self._watch.section(doing) if self._watch else nullcontext():
-            yield
-
-    @contextmanager
-    def _guard(self, doing: str) -> Iterator[None]:
-        """Turn the errors that torch has for memory and peers into ours; others pass."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise DeviceOutOfMemory(
-                "OutOfDeviceMemory",
-                f"{_first_line(error)} during {doing}: lower training.microBatchSize and raise "
-                "gradientAccumulationSteps as much, lower dataset.maxLength, or set training.gradientCheckpointing",
-            ) from error
-        except MemoryError as error:
-            raise HostOutOfMemory("OutOfHostMemory", f"{_first_line(error)} during {doing}: {_RAISE_LIMIT}") from error
-        except RuntimeError as error:
-            text = str(error)
-            if any(word in text for word in _HOST_MEMORY_WORDS):
-                raise HostOutOfMemory(
-                    "OutOfHostMemory", f"{_first_line(error)} during {doing}: {_RAISE_LIMIT}"
-                ) from error
-            if isinstance(error, dist.DistError) or _PEER_WORDS.search(text):
-                raise RetryableError("PeerLost", self._peer_message(doing, text)) from error
-            raise
-
-    def _peer_message(self, doing: str, text: str) -> str:
-        others = [f"rank {rank} ({host})" for rank, host in enumerate(self._peers) if rank != self.rank]
-        known = ", ".join(others) if others else "another rank"
-        return (
-            f"rank {self.rank} of {self.world_size} lost {known} during {doing} ({_first_line(text)[:200]}): "
-            "look at the other pods for the cause; the next attempt goes on from the last checkpoint"
-        )
-
 
 class _OutputLayer:
     """Has a model's output layer see single positions: with a large vocabulary it is much of the time and the memory.
@@ -436,48 +394,6 @@ class _OutputLayer:
         return (inputs[0].flatten(0, 1).index_select(0, self._index), *inputs[1:])
 
 
-@dataclass(frozen=True)
-class _StoreBoard:
-    """See collective_watch.Board: notes in a store that the process groups do not use, so that neither waits here."""
-
-    store: Any  # torch.distributed.Store
-    world_size: int
-
-    def put(self, rank: int, note: str) -> None:
-        self.store.set(str(rank), note)
-
-    def notes(self) -> list[str | None]:
-        keys = [str(rank) for rank in range(self.world_size)]
-        return [self.store.get(key).decode() if self.store.check([key]) else None for key in keys]
-
-
-@dataclass(frozen=True)
-class _Channel:
-    """See backends.Channel: objects between the ranks over one process group, of which one thread makes use."""
-
-    rank: int
-    world_size: int
-    guard: Callable[[str], AbstractContextManager[None]]
-    purpose: str
-    group: Any = None
-
-    def broadcast(self, value: Any) -> Any:
-        if self.world_size == 1:
-            return value
-        box = [value]
-        with self.guard(f"a broadcast{self.purpose}"):
-            dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
-        return box[0]
-
-    def gather(self, value: Any) -> list[Any]:
-        if self.world_size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.world_size
-        with self.guard(f"a gather{self.purpose}"):
-            dist.all_gather_object(gathered, value, group=self.group)
-        return gathered
-
-
 def _bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
     """The bytes of a contiguous tensor in host memory, not copied."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
@@ -497,20 +413,3 @@ def _checkpoint_gradients(model: Any) -> None:
             f"training.gradientCheckpointing is true and {type(model).__name__} cannot do it ({error}): set it to "
             "false, and lower microBatchSize or use parallelism.strategy fsdp to save memory",
         ) from error
-
-
-def _first_line(error: object) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _collective_timeout() -> float:
-    """Seconds; UserError when the environment has no positive number there."""
-    text = os.environ.get(COLLECTIVE_TIMEOUT_ENV, "")
-    try:
-        seconds = float(text) if text else COLLECTIVE_TIMEOUT_SECONDS
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0:
-        raise UserError("InvalidTraining", f"{COLLECTIVE_TIMEOUT_ENV} is {text!r}: give a positive number of seconds")
-    return seconds

@@ -10,7 +10,7 @@ from finetune_trainer import contract
 from finetune_trainer.contract import ContractError, StageConfig
 
 PRECISIONS = ("fp32", "bf16")
-ACCELERATORS = ("cpu", "cuda")
+NEURON = "neuron"
 STRATEGIES = ("ddp", "fsdp")
 
 _NOT_OF_THE_RESULT = frozenset(
@@ -21,6 +21,7 @@ _NOT_OF_THE_RESULT = frozenset(
         "microBatchSize",
         "gradientAccumulationSteps",
         "gradientCheckpointing",
+        "evaluateEverySteps",
     }
 )
 """Fields of spec.training in which a checkpoint may differ from the job that resumes it."""
@@ -28,7 +29,10 @@ _NOT_OF_THE_RESULT = frozenset(
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """What train reads of stage.json. Batch sizes count rows, `warmup_steps` and the like optimizer steps."""
+    """What train reads of stage.json. Batch sizes count rows, `warmup_steps` and the like optimizer steps.
+
+    `accelerator` is neuron, or None for CPU and CUDA, where the process finds what it has; `instance_type` is neuron's.
+    """
 
     method: Mapping[str, Any]
     learning_rate: float
@@ -50,6 +54,11 @@ class TrainArgs:
     data_parallel_size: int
     strategy: str
     identity: Mapping[str, Any]
+    evaluate_every_steps: int | None = None
+    accelerator: str | None = None
+    instance_type: str | None = None
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
 
     @property
     def world_size(self) -> int:
@@ -60,6 +69,7 @@ def parse_args(config: StageConfig) -> TrainArgs:
     """TrainArgs of `config`; ContractError names the field, its value and what is expected."""
     training, method = _object(config.spec, "spec", "training"), _object(config.spec, "spec", "method")
     parallelism = config.parallelism
+    accelerator = _object(config.spec, "spec", "accelerator") if "accelerator" in config.spec else {}
 
     def size(name: str, default: int = 1) -> int:
         return int(_number(parallelism, "parallelism", name, default, minimum=1, whole=True))
@@ -97,19 +107,31 @@ def parse_args(config: StageConfig) -> TrainArgs:
             "training": {key: value for key, value in training.items() if key not in _NOT_OF_THE_RESULT},
             "globalBatchSize": size("globalBatchSize"),
         },
+        evaluate_every_steps=count("evaluateEverySteps", 1, minimum=1) if "evaluateEverySteps" in training else None,
+        accelerator=_choice(accelerator, "spec.accelerator", "type", (NEURON,), NEURON) if accelerator else None,
+        instance_type=accelerator.get("instanceType"),
+        tensor_parallel_size=size("tensorParallelSize"),
+        pipeline_parallel_size=size("pipelineParallelSize"),
     )
     _check_sizes(args, parallelism)
     return args
 
 
 def _check_sizes(args: TrainArgs, parallelism: Mapping[str, Any]) -> None:
-    for name in ("tensorParallelSize", "pipelineParallelSize"):
-        if parallelism.get(name, 1) != 1:
-            raise ContractError(f"parallelism.{name} is {parallelism[name]}: this trainer has data parallelism only")
-    if args.data_parallel_size != args.world_size:
+    if args.accelerator != NEURON:
+        for name in ("tensorParallelSize", "pipelineParallelSize"):
+            if parallelism.get(name, 1) != 1:
+                raise ContractError(
+                    f"parallelism.{name} is {parallelism[name]}: on CPU and CUDA this trainer has data parallelism only"
+                )
+    elif not args.instance_type:
+        raise ContractError("spec.accelerator.instanceType must be set with type neuron")
+    ranks = args.tensor_parallel_size * args.pipeline_parallel_size * args.data_parallel_size
+    if ranks != args.world_size:
         raise ContractError(
-            f"parallelism: dataParallelSize {args.data_parallel_size} must be numNodes {args.num_nodes} x procsPerNode "
-            f"{args.procs_per_node}"
+            f"parallelism: tensorParallelSize {args.tensor_parallel_size} x pipelineParallelSize "
+            f"{args.pipeline_parallel_size} x dataParallelSize {args.data_parallel_size} must be numNodes "
+            f"{args.num_nodes} x procsPerNode {args.procs_per_node}"
         )
     product = args.micro_batch_size * args.gradient_accumulation_steps * args.data_parallel_size
     if args.global_batch_size != product:

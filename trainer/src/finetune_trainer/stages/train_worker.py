@@ -29,7 +29,7 @@ from finetune_trainer.stages.train_args import TrainArgs, parse_args
 from finetune_trainer.tokenizer_files import carried_digests
 
 if TYPE_CHECKING:
-    from finetune_trainer.backends import Backend
+    from finetune_trainer.backends import Backend, Placement
     from finetune_trainer.training import Timings
 
 CHECKPOINT_FOLDER = "checkpoint"
@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="One rank of train.")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument(
+        "--trace-steps", type=int, default=0, help="take so many steps for their programs only and write nothing"
+    )
     arguments = parser.parse_args(argv)
     rank = int(os.environ.get("RANK", "0"))
 
@@ -81,23 +84,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     _write(started_path(arguments.scratch, rank), str(os.getpid()).encode())
     try:
-        report = run_rank(contract.load_stage_config(arguments.config), stop, end_stuck)
+        report = run_rank(contract.load_stage_config(arguments.config), stop, end_stuck, arguments.trace_steps)
     except Exception as error:  # noqa: BLE001 - the rank's last line of defence: every failure becomes its report
         report = failure_report(contract.TRAIN, error)
     return end(report)
 
 
-def run_rank(config: StageConfig, stop: StopFlag, stuck: Callable[[StageError], None]) -> Report:
+def run_rank(config: StageConfig, stop: StopFlag, stuck: Callable[[StageError], None], trace_steps: int = 0) -> Report:
     """Train as one rank of the gang; the report of the finished stage, the same in every rank.
 
-    `stuck` is told, in another thread, that a collective waits in vain, and must end the process.
+    `stuck` is told, in another thread, that a collective waits in vain, and must end the process. With `trace_steps`
+    that many steps are taken from the start for their programs only: compile runs this, and writes the artifact.
     """
     began = time.monotonic()
     args = parse_args(config)
     with ThreadPoolExecutor(max_workers=1) as pool:
         # Reading the inputs once to verify them also warms the page cache for the load below.
         verified = pool.submit(_verify_inputs, config)
-        return _run(config, args, stop, stuck, verified, began)
+        return _run(config, args, stop, stuck, verified, began, trace_steps)
 
 
 def _run(
@@ -107,20 +111,22 @@ def _run(
     stuck: Callable[[StageError], None],
     verified: Future[None],
     began: float,
+    trace_steps: int,
 ) -> Report:
     from finetune_trainer import training
-    from finetune_trainer.backends import ModelPlan
-    from finetune_trainer.backends.torch import TorchBackend
-    from finetune_trainer.batches import open_rows, read_data
+    from finetune_trainer.backends import ModelPlan, open_backend
+    from finetune_trainer.batches import open_rows, open_validation_rows, read_data
     from finetune_trainer.progress import Progress, ProgressPoster
     from finetune_trainer.training_log import LOG_NAME, repeated_steps
 
-    backend = TorchBackend(_accelerator(), args.strategy, stuck)
+    backend = open_backend(_placement(args), stuck)
     backend.start()
     verified.result()
     prepared = config.input_path(contract.PREPARE)
     rows = open_rows(prepared, args.global_batch_size)
+    held_out = open_validation_rows(prepared) if args.evaluate_every_steps else None
     packed_row = backend.broadcast(rows.first_packed_row() if backend.rank == 0 else None)
+    data = read_data(prepared)
     model = config.input_path(contract.MODEL_INPUT)
     backend.build(
         ModelPlan(
@@ -130,13 +136,26 @@ def _run(
             weight_decay=args.weight_decay,
             seed=args.seed,
             keep_masks=packed_row is not None,
-            trust_remote_code=bool(read_data(prepared).get("trustRemoteCode")),
+            trust_remote_code=bool(data.get("trustRemoteCode")),
             gradient_checkpointing=args.gradient_checkpointing,
+            packing=str(data.get("packing", "none")),
+            row_length=rows.input_ids.shape[1],
+            micro_batch_size=args.micro_batch_size,
+            micro_steps=args.gradient_accumulation_steps,
+            max_gradient_norm=args.max_gradient_norm,
         )
     )
     if backend.rank == 0:
         print(f"{_count(backend.parameters())} parameters train", flush=True)
     plan = _training_plan(args, rows.max_steps)
+    packed_row = packed_row if backend.keeps_documents_apart else None
+    if trace_steps:
+        if packed_row is not None:
+            training.check_packing(backend, plan, rows, packed_row)
+        taken = training.trace(backend, plan, rows, trace_steps, held_out)
+        backend.stop()
+        print(f"{taken} steps traced", flush=True)
+        return Report(contract.TRAIN, ExitCode.SUCCESS)
     work = work_folder(config)
     start = training.resume(backend, plan, work / training.CHECKPOINTS_FOLDER)
     repeated = repeated_steps(work, start.step if start else 0)
@@ -145,7 +164,17 @@ def _run(
     start_seconds = time.monotonic() - began
     progress = Progress(ProgressPoster(config.progress if backend.rank == 0 else {}), rows.max_steps)
     try:
-        outcome = training.train(backend, plan, rows, work, start, progress, should_stop=stop, attempt=config.attempt)
+        outcome = training.train(
+            backend,
+            plan,
+            rows,
+            work,
+            start,
+            progress,
+            should_stop=stop,
+            attempt=config.attempt,
+            held_out=held_out,
+        )
     finally:
         progress.close()
     metrics = {
@@ -207,6 +236,7 @@ def _training_plan(args: TrainArgs, max_steps: int) -> Any:
         keep_checkpoints=args.keep_checkpoints,
         log_every_steps=args.log_every_steps,
         identity={**args.identity, "maxSteps": max_steps},
+        evaluate_every_steps=args.evaluate_every_steps,
     )
 
 
@@ -217,10 +247,17 @@ def _verify_inputs(config: StageConfig) -> None:
         open_input(config, name, contents=first)
 
 
-def _accelerator() -> str:
-    import torch
+def _placement(args: TrainArgs) -> Placement:
+    from finetune_trainer.backends import Placement
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = args.accelerator
+    if accelerator is None:
+        import torch
+
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    return Placement(
+        accelerator, args.strategy, args.tensor_parallel_size, args.pipeline_parallel_size, args.instance_type
+    )
 
 
 def _source(model: Path) -> str:
