@@ -168,6 +168,10 @@ install: images ## helm upgrade --install the operator with these images
 uninstall: ## Remove the operator, its CRD and with it every FineTuneJob
 	@$(CLUSTER_ENV); helm uninstall $(RELEASE) --namespace $(NAMESPACE) --wait --ignore-not-found; \
 	  kubectl delete crd finetunejobs.finetune-operator.io --ignore-not-found
+.PHONY: images-neuron
+images-neuron: setup ## Build the image for Trainium nodes over the vendor's base; CLUSTER=existing: print the commands
+	@$(if $(filter existing,$(CLUSTER)),$(IMAGES) wheels neuron; )$(IMAGES) build neuron
+
 
 .PHONY: clean
 clean: ## Remove build output and .venv of this checkout (caches outside the tree stay)
