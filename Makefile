@@ -127,6 +127,15 @@ test-cuda: setup ## What must hold on a GPU as on a CPU: bf16, FSDP2, nf4, resum
 	@$(PY) -m pytest tests/cuda $(PYTEST_ARGS)
 
 ##@ Cluster
+.PHONY: test-python310
+test-python310: setup ## The trainer's unit tests on Python 3.10, as in the Neuron image; minutes (PYTHON310, PYTEST_ARGS)
+	@./hack/setup_python310.sh
+	@.venv-python310/bin/python -m pytest -p no:cacheprovider tests/unit/finetune_trainer $(PYTEST_ARGS)
+
+.PHONY: test-neuron-vendor
+test-neuron-vendor: setup ## Hold what we call of neuronx-distributed against a checkout: NXD=/path (v2.26.0), XLA=/path (v2.8.0)
+	@NXD="$(NXD)" XLA="$(XLA)" $(PY) -m pytest -rA tests/vendor_source $(PYTEST_ARGS)
+
 
 .PHONY: cluster-up
 cluster-up: ## Build (once) and start a real single-node Kubernetes on this machine
