@@ -167,6 +167,7 @@ def test_a_miss_is_explained_and_what_both_need_is_not_compiled_twice(
     monkeypatch.setenv("FAKE_NEURON_GRAPHS", "first,longer")
     report = run_stage(neuron_config(workspace, job="longer", data={"rowLength": 256}), tmp_path, 1)
     assert "not compiled yet: rows.length was 128 and is 256" in capsys.readouterr().out
+    assert report.metrics["cacheMiss"] == "rows.length was 128 and is 256"
     assert (report.metrics["graphsCompiled"], report.metrics["cacheHits"]) == (1, 1)
 
 
@@ -291,6 +292,18 @@ def test_a_program_that_asks_for_no_graph_is_no_neuron_program(
     monkeypatch.setenv("FAKE_NEURON_GRAPHS", "")
     report = run_stage(neuron_config(workspace), tmp_path)
     assert (report.exit_code, report.reason) == (ExitCode.USER_ERROR, "NothingTraced")
+
+
+def test_a_tool_that_ends_before_it_starts_a_rank_is_told_by_its_last_words(workspace: Path, tmp_path: Path) -> None:
+    tool = tmp_path / "bin" / "neuron_parallel_compile"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho ModuleNotFoundError: libneuronxla\nexit 3\n")
+    tool.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+        report = run_stage(neuron_config(workspace), tmp_path)
+    assert (report.exit_code, report.reason) == (ExitCode.RETRYABLE, "CompileIncomplete")
+    assert "ended with 3 before it started a rank. Its last words: ModuleNotFoundError: libneuronxla" in report.message
 
 
 def test_an_image_without_the_tool_is_named(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

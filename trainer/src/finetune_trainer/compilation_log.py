@@ -57,6 +57,7 @@ _OUT_OF_MEMORY = re.compile(r"\[F137\]|was forcibly killed|Received error code: 
 _NO_SPACE = "No space left on device"
 _COMPILER_CRASHED = re.compile(r"\[F1(?:34|39)\]|terminated abnormally")
 _KEPT_LINES = 12
+_KEPT_CHARACTERS = 400
 _JSON_MARKS = re.compile(r"[\"{}]")
 _MOST_JSON_LINES = 1_000_000
 
@@ -94,6 +95,8 @@ class CompilationLog:
     script_failed: bool = False
     telling: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
     """The last lines that tell of an error."""
+    last: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
+    """The last lines of any kind."""
     _json: list[str] = field(default_factory=list)
     _depth: int = 0
 
@@ -149,8 +152,10 @@ class CompilationLog:
         self.traced = self.traced or _TRACED in line or bool(self.called) or _NOTHING_TO_DO in line
         self.nothing_to_do = self.nothing_to_do or _NOTHING_TO_DO in line
         self.script_failed = self.script_failed or _SCRIPT_FAILED in line
+        if line.strip():
+            self.last.append(line.strip()[-_KEPT_CHARACTERS:])
         if _TELLING.search(line):
-            self.telling.append(line.strip()[-400:])
+            self.telling.append(line.strip()[-_KEPT_CHARACTERS:])
 
     def _feed_json(self, line: str) -> None:
         """Gather the summary, a JSON object over many lines, each behind a prefix of the logger's."""

@@ -9,7 +9,7 @@ ended it would pay for the same compilation in the next attempt again. Without a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from finetune_trainer import contract
@@ -69,10 +69,14 @@ class CompileWatch:
 
     @contextmanager
     def during(self) -> Iterator[None]:
-        """While the ranks run: whatever they compile all the same is protected, and waits for no dead process."""
+        """While the ranks run: what they compile waits for no dead process.
+
+        Only a training that is meant to compile counts as one that does: for days it would keep others from removing
+        the locks of the dead.
+        """
         for name in self.cache.clear_dead_locks():
             print(f"{name}: whoever compiled it is gone, its lock is removed", flush=True)
-        with self.cache.compiling():
+        with self.cache.compiling() if self.promised is None else nullcontext():
             yield
 
     def listen(self, line: str) -> None:

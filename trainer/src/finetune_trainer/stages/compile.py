@@ -50,6 +50,7 @@ _LOCK_PATIENCE_SECONDS = 4 * 3600.0
 _OUTPUT_SECONDS = 10.0
 _LAST_WORDS = 700
 """Characters of the compiler's message in a report, which has room for 4 KiB in all."""
+_LONGEST_MISS = 300
 _MOST_NAMES = 3
 
 
@@ -144,8 +145,10 @@ class Compilation:
     def _decide(self) -> Report:
         self.cache.keys_folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(self.cache.keys_folder / self.key.name):
-            if self._is_compiled():
+            miss = self._miss()
+            if miss is None:
                 return self._finish({"graphsCompiled": 0, "compileSeconds": 0.0}, reused=True)
+            print(f"not compiled yet: {miss}", flush=True)
             for name in self.cache.clear_dead_locks():
                 print(f"{name}: whoever compiled it is gone, its lock is removed", flush=True)
             self.gang.say(_BEGIN, True)
@@ -157,7 +160,9 @@ class Compilation:
             graphs = {name for result in results for name in result["graphs"]}
             self.cache.keep(self.key, graphs, time.monotonic() - began)
             compiled = {name for result in results for name in result["compiled"]}
-            return self._finish({"graphsCompiled": len(compiled), "compileSeconds": round(time.monotonic() - began, 3)})
+            seconds = round(time.monotonic() - began, 3)
+            facts = {"graphsCompiled": len(compiled), "compileSeconds": seconds, "cacheMiss": miss[:_LONGEST_MISS]}
+            return self._finish(facts)
 
     def _follow(self) -> Report:
         self._wait(
@@ -174,19 +179,17 @@ class Compilation:
     def _is_published(self) -> bool:
         return find_artifact(self.config.output_path) is not None
 
-    def _is_compiled(self) -> bool:
-        """Whether everything is there; else the log says why not."""
+    def _miss(self) -> str | None:
+        """Why the graphs are not there, in words; None where they are."""
         found = self.cache.find(self.key)
         if found is None:
-            print(f"not compiled yet: {self.cache.explain_miss(self.key)}", flush=True)
-            return False
+            return self.cache.explain_miss(self.key)
         lost = self.cache.missing(found)
         if lost:
-            print(f"{len(lost)} of {len(found.graphs)} graphs are gone from the cache, such as {lost[0]}", flush=True)
             self.cache.forget(self.key)
-            return False
+            return f"{len(lost)} of {len(found.graphs)} graphs are gone from the cache, such as {lost[0]}"
         print(f"all {len(found.graphs)} graphs are compiled already, which took {found.seconds:.0f} s once", flush=True)
-        return True
+        return None
 
     def _finish(self, metrics: Mapping[str, Any], *, reused: bool = False) -> Report:
         """Write the artifact, the same for all jobs with this key, and report it. Node 0."""
@@ -236,6 +239,11 @@ class Compilation:
         with self.cache.compiling():
             code = self._run_tool()
         memory_ran_out = memory_kills() > killed_before
+        if not self.launch.started_ranks():
+            raise RetryableError(
+                "CompileIncomplete",
+                f"{COMPILER} ended with {code} before it started a rank. Its last words: {_tail(self.log.last)}",
+            )
         traced = self.launch.report(code, out_of_memory=memory_ran_out and not self.log.called)
         if traced.exit_code != ExitCode.SUCCESS:
             return replace(traced, stage=contract.COMPILE)
@@ -307,7 +315,7 @@ class Compilation:
             raise UserError(
                 "NothingTraced",
                 f"the traced training asked for no graph ({COMPILER} ended with {code}): its image or backend is not "
-                f"Neuron's. {_tail(log.telling)}".strip(),
+                f"Neuron's. {_tail(log.telling or log.last)}".strip(),
             )
         failed = [name for name in graphs if self.cache.failure(name) is not None]
         missing = [name for name in graphs if self.cache.neff_bytes(name) is None and name not in failed]
@@ -318,7 +326,7 @@ class Compilation:
             raise RetryableError(
                 "CompileIncomplete",
                 f"{what or 'the tool gave no summary'} and none is said to have failed ({COMPILER} ended with {code}): "
-                f"it was cut short, what is done stays in the cache. {_tail(log.telling)}".strip(),
+                f"it was cut short, what is done stays in the cache. {_tail(log.telling or log.last)}".strip(),
             )
         if log.failures or code:
             # The cache is what training reads, and the tool is known to stumble after a graph is in it (issue 1299).
@@ -330,12 +338,12 @@ class Compilation:
 
     def _compiled_here(self, name: str) -> bool:
         """Whether this run of the tool made the graph, as far as it says; what it does not say counts as made."""
-        return self.log.summary is None or not self.log.summary.succeeded or name in self.log.summary.succeeded
+        return self.log.summary is None or name in self.log.summary.succeeded
 
     def _failure(self, failed: Sequence[str], memory_ran_out: bool) -> StageError:
         """The error of graphs that the compiler could not make, told by its last words."""
         words = next((text for name in failed if (text := self.cache.failure(name))), "")
-        told = _tail(words.splitlines()) or _tail(self.log.telling)
+        told = _tail(words.splitlines()) or _tail(self.log.telling or self.log.last)
         names = ", ".join(failed[:_MOST_NAMES]) + (
             f" and {len(failed) - _MOST_NAMES} more" if failed[_MOST_NAMES:] else ""
         )

@@ -128,10 +128,9 @@ class Launch:
     def report(self, exit_code: int, *, out_of_memory: bool) -> Report:
         """The pod's report once its process has ended with `exit_code`."""
         reports = self.reports()
-        started = {int(path.name.rsplit("-", 1)[1]) for path in self.scratch.glob("started-*")}
         return pod_report(
             reports,
-            silent=sorted(started - reports.keys()),
+            silent=sorted(self.started_ranks() - reports.keys()),
             expected=self.args.procs_per_node,
             exit_code=exit_code,
             out_of_memory=out_of_memory,
@@ -213,6 +212,10 @@ class Launch:
                     # Ranks that still tidy up would write into the scratch folder while it is removed.
                     self.signal_ranks(signal.SIGKILL)
                     return code
+
+    def started_ranks(self) -> set[int]:
+        """The ranks that have started so far."""
+        return {int(path.name.rsplit("-", 1)[1]) for path in self.scratch.glob("started-*")}
 
     def reports(self) -> dict[int, Report]:
         """What the ranks have left so far, by rank."""
