@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from finetune_trainer.compilation_log import CompilationLog
+from finetune_trainer.compilation_log import CompilationLog, parse_summary
 
 LOGS = Path(__file__).parents[2] / "neuron_logs"
 
@@ -101,3 +103,56 @@ def test_braces_of_the_program_are_no_summary() -> None:
     log = read('configuration {\n"hidden": 3\n}\n{\n    "compilation_summary": {\n        "true": 1\n    }\n}\n')
     assert log.summary is not None
     assert log.summary.total == 1
+
+
+def test_a_brace_that_is_left_open_right_before_the_summary_hides_nothing() -> None:
+    log = read('settings = {\nINFO ||NEURON_PARALLEL_COMPILE||: {\n    "compilation_summary": {\n    }\n}\n')
+    assert log.summary is not None
+    assert log.summed_up
+
+
+PIECES = st.sampled_from(
+    [
+        "{",
+        "}",
+        '"compilation_summary": {',
+        '"true": 1,',
+        '"compilation_report": [',
+        "Total failed compilations: 7",
+        "Extracting graphs (",
+        "Extracting graphs (/c/neuronxcc-2/MODULE_1+2/model.hlo)",
+        "Using a cached neff at x.neff",
+        "[F137]",
+        "\x00\ud800",
+        "...",
+    ]
+)
+
+
+@given(st.lists(st.lists(PIECES, max_size=3).map(" ".join), max_size=12))
+def test_whatever_a_program_prints_is_taken(lines: list[str]) -> None:
+    log = CompilationLog()
+    for line in lines:
+        log.feed(line)
+    assert log.failures in (0, 7)
+    assert set(log.graphs) <= {"neuronxcc-2/MODULE_1+2"}
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ('{"compilation_summary": {"true": 2, "false": 1}}', (3, 1)),
+        ('{"compilation_summary": {}, "compilation_report": {}}', (0, 0)),
+        ('{"compilation_summary": {"true": 1, "timeout": 2}}', (3, 2)),
+        ('{"compilation_summary": {"true": "1", "false": -1}}', (0, 0)),
+        (
+            '{"compilation_summary": {"true": 1}, "compilation_report": {"/neuronxcc-2/MODULE_1/x": {"status": 0}}}',
+            (1, 1),
+        ),
+    ],
+    ids=["both", "none", "a status that is neither", "numbers that are none", "a report that says otherwise"],
+)
+def test_a_summary_is_counted_by_its_worst_account(text: str, numbers: tuple[int, int]) -> None:
+    found = parse_summary(text)
+    assert found is not None
+    assert (found.total, found.total_failed) == numbers

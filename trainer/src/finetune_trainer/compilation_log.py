@@ -171,7 +171,8 @@ class CompilationLog:
         self._json.append(text)
         self._depth += text.count("{") - text.count("}")
         if len(self._json) == 2 and '"compilation_summary"' not in text:
-            self._json, self._depth = [], 0
+            # Some other text; this line may be the one that begins it.
+            self._json, self._depth = (["{"], 1) if line.endswith("{") else ([], 0)
             return
         if self._depth > 0 and len(self._json) < _MOST_JSON_LINES:
             return
