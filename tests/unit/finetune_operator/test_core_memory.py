@@ -77,13 +77,26 @@ def test_ranks_that_are_more_than_kv_heads_hold_a_whole_head_each() -> None:
     assert found == pytest.approx(2 * ((8_030_261_248 - keys_and_values) / 32 + keys_and_values / 8))
 
 
-def test_eager_attention_on_trainium_keeps_its_scores_and_flash_attention_does_not() -> None:
-    eager, flash = (
-        make_job(method=FULL, dataset={"maxLength": length, "packing": "wrapped"}, **ON_TRAINIUM).spec
-        for length in (2048, 4096)
-    )
-    short, long = (estimate_memory(spec, spread(tp=8), LLAMA_8B).activations for spec in (eager, flash))
-    assert short - long / 2 == pytest.approx(32 * 6 * (32 / 8) * 2048 * 2048)
+@pytest.mark.parametrize(
+    ("length", "packing", "pp", "keeps"),
+    [
+        pytest.param(2048, "bestFit", 1, True, id="a mask keeps records apart"),
+        pytest.param(2048, "wrapped", 1, True, id="cut records, kept apart as well"),
+        pytest.param(2048, "none", 1, False, id="one record a row: flash attention"),
+        pytest.param(2048, "none", 2, False, id="pipeline stages: flash attention"),
+        pytest.param(1024, "none", 1, True, id="rows that the kernel does not take"),
+        pytest.param(4096, "wrapped", 1, False, id="rows too long for a mask: flash attention"),
+    ],
+)
+def test_eager_attention_on_trainium_keeps_its_scores_and_flash_attention_does_not(
+    length: int, packing: str, pp: int, keeps: bool
+) -> None:
+    dataset = {"maxLength": length, "packing": packing}
+    split = {"tensorParallelSize": 8, "pipelineParallelSize": pp}
+    spec = make_job(method=FULL, dataset=dataset, parallelism=split, **ON_TRAINIUM).spec
+    found = estimate_memory(spec, spread(tp=8, pp=pp), LLAMA_8B).activations
+    without = 32 * length * (4096 * (10 + 8 / 8) + 8 * 14336 / 8)
+    assert found == pytest.approx(without + keeps * 32 * 6 * (32 / 8) * length * length)
 
 
 def test_full_training_in_bf16_has_float32_weights_and_a_copy_of_every_matrix_it_multiplies_with() -> None:

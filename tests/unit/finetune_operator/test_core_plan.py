@@ -161,7 +161,7 @@ def test_a_plan_for_trainium_has_all_cores_and_says_what_ranks_share() -> None:
     assert plan.estimate.device_memory_gib == 16
     assert plan.estimate.parts is not None
     assert plan.estimate.parts.weights == 1.88, "two bytes of an eighth of the model"
-    assert "shared by data parallel ranks (ZeRO-1), eager attention for rows of up to 2048" in plan.estimate.assumptions
+    assert "shared by data parallel ranks (ZeRO-1), flash attention for multiples of 2048" in plan.estimate.assumptions
 
 
 def test_prepares_count_of_steps_wins_over_the_spec() -> None:

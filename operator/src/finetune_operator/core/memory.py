@@ -85,7 +85,7 @@ def estimate_memory(spec: FineTuneJobSpec, parallelism: Parallelism, shape: Mode
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=tokens * _activations(spec, t, shape),
+        activations=tokens * _activations(spec, parallelism, shape),
         logits=logits,
         certain_logits=logits if spec.dataset.loss_on == "all" else 0.0,
     )
@@ -163,7 +163,7 @@ def _neuron_states(spec: FineTuneJobSpec, parallelism: Parallelism, shape: Model
     return weights, 4 * trained, 12 * trained / parallelism.dp_size
 
 
-def _activations(spec: FineTuneJobSpec, t: int, shape: ModelShape) -> float:
+def _activations(spec: FineTuneJobSpec, parallelism: Parallelism, shape: ModelShape) -> float:
     """Bytes that autograd keeps of one token through all layers.
 
     Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", equation 2, without its
@@ -177,21 +177,21 @@ def _activations(spec: FineTuneJobSpec, t: int, shape: ModelShape) -> float:
     keeps its own product of width `rank`; dropout keeps another input of 4 bytes; DoRA keeps two tensors of its
     outputs.
 
-    On Neuron an adapter is bf16: of each it keeps the product of width `rank` and, with dropout, another input. Its
-    eager attention, which takes all rows of up to 2048 tokens, keeps of every head and pair of tokens the softmax in
-    float32 and in bf16: 6 bytes (equation 2's term of scores without dropout, which has 2 in bf16 only).
+    On Neuron an adapter is bf16: of each it keeps the product of width `rank` and, with dropout, another input. The
+    vendor's eager attention keeps of every head and pair of tokens the softmax in float32 and in bf16: 6 bytes
+    (equation 2's term of scores without dropout, which has 2 in bf16 only).
 
     With gradientCheckpointing each layer keeps its input only, and one layer at a time all of the above (Chen et al.
     2016, "Training Deep Nets with Sublinear Memory Cost").
     """
-    wide, h = _wide(spec), shape.hidden_size
+    wide, h, t = _wide(spec), shape.hidden_size, parallelism.tp_size
     is_wide_stream = spec.method.type == "full" and _is_on_torch(spec)
     mlp = (8 if shape.has_gated_mlp else 4) * shape.intermediate_size
     layer = (h * (10 + 8 / t) + mlp / t) * wide / 2
     if is_wide_stream and wide == 2:
         layer += 20 * h
     lora = spec.method.lora
-    if not _is_on_torch(spec) and spec.dataset.max_length <= FLASH_TOKENS:
+    if _keeps_scores(spec, parallelism):
         layer += 6 * shape.heads / t * spec.dataset.max_length
     if lora is not None and not _is_on_torch(spec):
         for count, inputs, _ in _targets(lora, shape):
@@ -204,6 +204,15 @@ def _activations(spec: FineTuneJobSpec, t: int, shape: ModelShape) -> float:
     if not spec.training.gradient_checkpointing:
         return shape.layers * layer
     return shape.layers * h * (4 if is_wide_stream else wide) + layer
+
+
+def _keeps_scores(spec: FineTuneJobSpec, parallelism: Parallelism) -> bool:
+    """Whether attention stores its matrix of scores: on Neuron with rows that the flash kernel does not take, and where
+    a mask keeps records of a row apart (finetune_trainer/backends/neuron_config.py, attention_of)."""
+    if _is_on_torch(spec):
+        return False
+    is_masked = spec.dataset.packing != "none" and parallelism.pp_size == 1 and spec.dataset.max_length <= FLASH_TOKENS
+    return is_masked or spec.dataset.max_length % FLASH_TOKENS != 0
 
 
 def _targets(lora: Lora, shape: ModelShape) -> Iterator[tuple[int, int, int]]:

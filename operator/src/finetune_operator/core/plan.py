@@ -188,8 +188,8 @@ def _assumptions(
         optimizer = "no sharding of the optimizer, fused attention"
         if job.spec.accelerator.type == "neuron":
             optimizer = (
-                "the optimizer's float32 copies and moments shared by data parallel ranks (ZeRO-1), eager attention "
-                f"for rows of up to {FLASH_TOKENS} tokens and flash attention above"
+                "the optimizer's float32 copies and moments shared by data parallel ranks (ZeRO-1), flash attention "
+                f"for multiples of {FLASH_TOKENS} tokens without a mask"
             )
         said.append(
             f"Memory: no activation checkpointing, {optimizer}, every token of a row in the loss; the device's "
