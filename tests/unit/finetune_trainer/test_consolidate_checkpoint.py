@@ -54,8 +54,11 @@ def test_an_adapter_computes_what_its_ranks_computed(name: str, tmp_path: Path) 
     assert targets["model.layers.1.self_attn.v_proj.weight"]["scale"] == 2.0
 
 
-@pytest.mark.parametrize("size", ["5GB", "40KB"], ids=["one file", "several files"])
-@pytest.mark.parametrize("name", ["full-tp4-gqa", "full-zero1-tp2-dp2"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("full-tp4-gqa", "5GB"), ("full-tp4-gqa", "40KB"), ("full-zero1-tp2-dp2", "5GB")],
+    ids=["one file", "several files", "bf16"],
+)
 def test_a_model_is_one_that_transformers_loads(
     name: str, size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

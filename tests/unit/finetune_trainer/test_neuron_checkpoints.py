@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from neuron_shards import save_file, whole_shapes, write_checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from neuron_shards import whole_shapes, write_checkpoint
 from safetensors.torch import load_file
 
+from finetune_trainer import neuron_shard_files
 from finetune_trainer.errors import CorruptArtifact, UserError
 from finetune_trainer.neuron_checkpoints import NeuronCheckpoint, open_neuron_checkpoint
 from finetune_trainer.neuron_tensors import NeuronTensor
@@ -297,8 +301,6 @@ class Evil:
         self.mark = mark
 
     def __reduce__(self) -> tuple[Any, ...]:
-        import os
-
         return os.system, (f"touch {self.mark}",)
 
 
@@ -439,14 +441,43 @@ def test_a_tensor_of_another_adapter_is_not_this_ones(tmp_path: Path) -> None:
     assert open_neuron_checkpoint(tmp_path).parameters().keys() == shapes.keys()
 
 
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Files are let go of: no more of them is resident than a bound, whatever was read before."""
-    save_file(tmp_path / "x.pt", {"a": torch.zeros(4)}, xser=False)
-    from finetune_trainer import neuron_shard_files
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
-    mapped = neuron_shard_files.MappedFiles()
-    first = mapped.load(tmp_path / "x.pt")
-    mapped.let_go(1000)
-    assert mapped.load(tmp_path / "x.pt") is first
-    mapped.let_go(1 << 40)
-    assert mapped.load(tmp_path / "x.pt") is not first
+
+@pytest.mark.parametrize("xser", [False, True], ids=["plain", "xser"])
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, xser: bool) -> None:
+    """Mapped files are let go of while others are read: far less than the model is resident at any time."""
+    monkeypatch.setattr(neuron_shard_files, "_MAPPED_BYTES", 4 << 20)
+    config = TIED | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 3}
+    tensors = {name: torch.zeros(shape) for name, shape in whole_shapes(config).items()}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_checkpoint(tmp_path, tensors, config, tp=2, xser=xser)
+    del tensors
+    before = most = resident_bytes()
+    for tensor in open_neuron_checkpoint(tmp_path).parameters().values():
+        for _ in tensor.chunks():
+            most = max(most, resident_bytes())
+    assert total > 45 << 20
+    assert most - before < 20 << 20
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.binary(max_size=200) | st.builds(lambda data: b"PK\x03\x04" + data, st.binary(max_size=100)),
+    st.integers(0, 3000),
+)
+def test_any_bytes_in_a_file_are_a_named_damage(tmp_path: Path, data: bytes, at: int) -> None:
+    """Whole files of any bytes, and whole ones with some bytes overwritten anywhere."""
+    folder = tmp_path / "checkpoint-1"
+    if not folder.exists():
+        shutil.copytree(FIXTURES / "lora-qv-tp2-xser" / "checkpoint", folder)
+    path = rank_file(folder / "adapter_default" / "adapter_shards", 1)
+    before = path.read_bytes()
+    for content in (data, before[:at] + data + before[at + len(data) :]):
+        path.write_bytes(content)
+        try:
+            read_all(open_neuron_checkpoint(folder))
+        except (CorruptArtifact, UserError) as error:
+            assert "adapter_shards" in error.message  # noqa: PT017
+    path.write_bytes(before)

@@ -80,12 +80,10 @@ def write(folder: Path, adapter: dict[str, Any] | None, **layout: Any) -> tuple[
 @pytest.mark.parametrize(
     "layout",
     [
-        {"tp": 4, "dp": 1, "xser": False},
         {"tp": 4, "dp": 3, "xser": False},
         {"tp": 2, "dp": 2, "pp": 2, "xser": True},
         {"tp": 1, "dp": 4, "xser": True},
         {"tp": 4, "dp": 2, "xser": False, "zero1": False},
-        {"tp": 2, "dp": 2, "xser": True, "zero1": False},
     ],
     ids=lambda layout: ",".join(f"{name}={value}" for name, value in layout.items()),
 )

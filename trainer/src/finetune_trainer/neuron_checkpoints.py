@@ -39,6 +39,7 @@ FULL_FOLDER, ADAPTER_FOLDER = "shards", "adapter_shards"
 _METADATA = re.compile(r"mp_metadata_pp_rank_(?P<pp>\d{1,4})\.(json|pt)")
 _STEP = re.compile(r"(checkpoint|step)-(?P<step>\d+)")
 _DEFAULT_ADAPTER = "default"
+_MOST_RANKS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def complete_ranks(
         raise CorruptArtifact(f"{sizes}: they are of different checkpoints")
     most = max((tp_rank for _, tp_rank, _ in found), default=0) + 1
     tp_size = next(iter(said), most)
+    if tp_size * len(stages) * dp_size > _MOST_RANKS:
+        raise CorruptArtifact(f"{stages[0].where} is of tensor parallel size {tp_size}, which no cluster has")
     expected = {(dp, tp, pp) for dp in range(dp_size) for tp in range(tp_size) for pp in range(len(stages))}
     for rank in sorted(found.keys() - expected):
         dp_rank, tp_rank, pp_rank = rank
