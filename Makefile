@@ -78,6 +78,10 @@ test-kueue: setup cluster-up images install ## Only the tests on the real Kueue:
 	@$(CLUSTER_ENV); $(IMAGE_ENV); $(PY) -m pytest tests/contract/test_kueue.py tests/e2e/test_kueue.py tests/rights $(PYTEST_ARGS)
 
 .PHONY: test-leadership
+.PHONY: test-neuron
+test-neuron: setup cluster-up images install ## Only the rehearsal of Trainium: a whole job on a node with devices patched on, stand-ins for the vendor
+	@$(CLUSTER_ENV); $(IMAGE_ENV); $(PY) -m pytest tests/e2e/test_neuron_rehearsal.py $(PYTEST_ARGS)
+
 test-leadership: setup cluster-up ## Two replicas: the leader killed, stopped in order, frozen; seconds to the hand-over
 	@$(CLUSTER_ENV); $(PY) -m pytest -s tests/contract/test_leadership.py $(PYTEST_ARGS)
 

@@ -111,10 +111,11 @@ def training_metrics(team: Team, name: str, attempt: int) -> dict[str, Any]:
 
 
 def logged_steps(team: Team, job: dict[str, Any]) -> list[int]:
-    """The steps in train's log, which has a line for each that was kept."""
+    """The steps in train's log, which has a line for each that was kept, and others for held-out losses."""
     path = stage(job, "train")["artifact"]["path"] + "/training.jsonl"
     lines = team.toolbox(f"print(open('/workspace/{path}').read())").splitlines()
-    return [json.loads(line)["step"] for line in lines if line]
+    found = [json.loads(line) for line in lines if line]
+    return [line["step"] for line in found if "loss" in line]
 
 
 STAGES = ["prepare", "train", "consolidate", "merge", "evaluate"]
