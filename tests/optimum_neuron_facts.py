@@ -2,8 +2,8 @@
 
     python tests/optimum_neuron_facts.py '{"functions": [["optimum.neuron.peft", "get_peft_model"]], "names": []}'
 
-The argument lists functions whose signatures are asked for (null for one that does not exist) and names, of which those
-that do not exist are told.
+The argument lists functions whose signatures are asked for (null for one that does not exist), names, of which those
+that do not exist are told, and `layouts`, the cases of vendor_layout.py.
 
 Its modules import the closed packages of the Neuron SDK, which no public index has. Here a finder gives each of them as
 a package in which every name is an empty class: enough to import what is under test, and nothing in it can run. A
@@ -25,6 +25,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+from vendor_layout import layouts
 
 CLOSED = frozenset({"torch_xla", "torch_neuronx", "neuronx_distributed", "neuronxcc", "libneuronxla", "nki"})
 """Top-level packages of the Neuron SDK that are not on the public index."""
@@ -136,7 +138,7 @@ def main(arguments: Sequence[str]) -> None:
         importlib.import_module(name)
     sys.meta_path.insert(0, EmptyPackages())
     asked = json.loads(arguments[0])
-    json.dump(facts(asked["functions"], asked["names"]), output)
+    json.dump({**facts(asked["functions"], asked["names"]), "layouts": layouts(asked.get("layouts", []))}, output)
 
 
 if __name__ == "__main__":

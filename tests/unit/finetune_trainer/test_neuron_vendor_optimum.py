@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from neuron_shards import ShardLayout
 from vendor_calls import Signature, VendorCall, refusals, vendor_calls, vendor_names
+from vendor_layout import whole_weights
 
 from finetune_trainer import neuron_stack
 from finetune_trainer.backends.neuron_config import VENDOR_ARGUMENTS, training_arguments
@@ -27,6 +29,16 @@ CALLS = vendor_calls(FILES, {"optimum"})
 NAMES = vendor_names(FILES, {"optimum"})
 OURS = {target: names for target, names in VENDOR_ARGUMENTS.items() if target.startswith("optimum.")}
 """What backends/neuron_config.py says that the backend passes, by module:name."""
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"heads": heads, "kv_heads": kv_heads, "head_dim": 2, "tp": tp, "copies": copies, "fuse_qkv": fuse_qkv}
+    for heads, kv_heads, tp, copies in (
+        (8, 2, 4, 2), (32, 8, 32, 4), (32, 8, 16, 2), (64, 8, 32, 4), (8, 1, 8, 8), (16, 1, 4, 4),
+        (24, 2, 8, 4), (8, 2, 4, 4), (12, 6, 4, 2), (24, 6, 12, 2), (12, 3, 6, 2),
+    )
+    for fuse_qkv in (False, True)
+]  # fmt: skip
+"""Attention with copies of its KV heads, two heads a rank and more among them."""
 
 TRAINING_CONFIG = {
     "tensor_parallel_size": "1",
@@ -56,6 +68,7 @@ def facts() -> dict[str, Any]:
         {
             "functions": [(call.module, call.name) for call in CALLS] + [target.split(":") for target in OURS],
             "names": [(module, name) for module, name, _ in NAMES],
+            "layouts": LAYOUTS,
         }
     )
     command = [sys.executable, str(TESTS / "optimum_neuron_facts.py"), asked]
@@ -181,3 +194,18 @@ def test_what_we_read_and_write_for_it_is_spelt_as_it_does(file: str, words: str
 def test_its_own_compile_command_is_the_one_that_is_installed() -> None:
     (entry,) = [each for each in distribution("optimum-neuron").entry_points if each.name == "neuron_parallel_compile"]
     assert entry.value == "optimum.neuron.utils.neuron_parallel_compile:main"
+
+
+def test_the_oracle_of_consolidation_cuts_attention_as_the_vendor_does(facts: dict[str, Any]) -> None:
+    """Query heads, copies of KV heads and columns of the output projection: where each rank's come from."""
+    module = "model.layers.0.self_attn"
+    for case, ranks in zip(LAYOUTS, facts["layouts"], strict=True):
+        config = {
+            "hidden_size": 1, "num_attention_heads": case["heads"], "num_key_value_heads": case["kv_heads"],
+            "head_dim": case["head_dim"], "intermediate_size": case["tp"], "num_hidden_layers": 1,
+        }  # fmt: skip
+        layout = ShardLayout(config, case["tp"], fuse_qkv=case["fuse_qkv"], kv_size_multiplier=case["copies"])
+        for rank, found in enumerate(ranks):
+            local = layout.local_tensors(whole_weights(case, module), rank)
+            ours = {key.removeprefix(f"{module}."): tensor.flatten().tolist() for key, tensor in local.items()}
+            assert found == ours, (case, rank)
