@@ -23,6 +23,8 @@ stage.json (an immutable ConfigMap, mounted at CONFIG_PATH) is one JSON object:
     secrets          object  volatile: secret name -> path of a mounted file
     rendezvous       str     volatile: host:port where a distributed stage's ranks meet, "" for one process group
     progress         object  volatile: {"url", "tokenPath", "caPath"} of the operator's endpoint, when it has one
+    history          object  volatile: what the operator knows of the job so far, for its report (operator's
+                             core/history.py says what is in it); absent before there is a result to report of
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ EVALUATE = "evaluate"
 PUBLISH = "publish"
 STAGES = (PREPARE, COMPILE, TRAIN, CONSOLIDATE, MERGE, EVALUATE, PUBLISH)
 """Every stage in the order in which a job runs them."""
+REPORTING = frozenset({CONSOLIDATE, MERGE, EVALUATE, PUBLISH})
+"""Stages after which there is something to report of: each leaves the job's report.html, and gets its `history`."""
 
 MODEL_INPUT = "model"
 DATASET_INPUT = "dataset"
@@ -86,7 +90,7 @@ PROGRESS_AUDIENCE = "finetune-operator"
 REPORT_MAX_BYTES = 4096
 """Kubernetes cuts a termination message at 4096 bytes."""
 
-_VOLATILE = frozenset({"output", "job", "attempt", "workspace", "secrets", "rendezvous", "progress"})
+_VOLATILE = frozenset({"output", "job", "attempt", "workspace", "secrets", "rendezvous", "progress", "history"})
 
 _ORDER_ONLY: Mapping[str, frozenset[str]] = {TRAIN: frozenset({COMPILE})}
 """Inputs that a stage waits for and that change nothing in what it writes: training ends with the same weights whether
@@ -170,6 +174,7 @@ class StageConfig:
     secrets: Mapping[str, str] = field(default_factory=dict)
     rendezvous: str = ""
     progress: Mapping[str, str] = field(default_factory=dict)
+    history: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The JSON object of stage.json, contract version included."""
@@ -187,6 +192,7 @@ class StageConfig:
             "secrets": dict(self.secrets),
             "rendezvous": self.rendezvous,
             "progress": dict(self.progress),
+            **({"history": dict(self.history)} if self.history else {}),
         }
 
     def input(self, name: str) -> ArtifactRef:
@@ -245,6 +251,7 @@ def parse_stage_config(value: Any) -> StageConfig:
         secrets=value.get("secrets") or {},
         rendezvous=value.get("rendezvous") or "",
         progress=value.get("progress") or {},
+        history=value.get("history") or {},
     )
 
 

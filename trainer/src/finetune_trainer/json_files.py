@@ -44,6 +44,21 @@ def read_small_file(path: Path) -> bytes:
         return file.read(MAX_BYTES)
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, none where there is no file; a line that a kill has cut is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for raw in path.read_bytes().split(b"\n"):
+        try:
+            value = json.loads(raw)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            lines.append(value)
+    return lines
+
+
 def parse_json(text: bytes | bytearray | str, where: str) -> Any:
     """The JSON value in `text`; CorruptArtifact says why `where` holds none."""
     if not text:

@@ -247,6 +247,7 @@ def _run(stage: str, config_path: str) -> Report:
     report = reusable_report(config)
     if report is not None:
         print(f"{config.output} is already complete: nothing to do", flush=True)
+        _leave_report(config)
         return report
     check_config(config)
     module = f"finetune_trainer.stages.{stage}"
@@ -257,7 +258,14 @@ def _run(stage: str, config_path: str) -> Report:
             raise
         raise UserError("StageNotAvailable", f"this release has no stage {stage!r}: use a newer one") from error
     result: Report = run(config)
+    _leave_report(config)
     return result
+
+
+def _leave_report(config: StageConfig) -> None:
+    """The job's report.html, where the operator told its history; the libraries for it are imported only then."""
+    if config.history:
+        importlib.import_module("finetune_trainer.report.reporting").leave_report(config)
 
 
 def _masked(value: Any, name: str = "") -> Any:

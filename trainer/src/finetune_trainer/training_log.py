@@ -6,7 +6,6 @@ job alone; both together are the curves that tensorboard_log.py draws.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_trainer.contract import canonical_json
+from finetune_trainer.json_files import read_json_lines
 from finetune_trainer.tensorboard_log import TENSORBOARD_FOLDER, TensorBoardLog
 from finetune_trainer.throughput import Speed
 
@@ -108,18 +108,8 @@ def repeated_steps(work: Path, first: int) -> int:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last line that was cut by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for raw in path.read_bytes().split(b"\n"):
-        try:
-            value = json.loads(raw)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
-            lines.append(value)
-    return lines
+    """The lines of a log that say of which step they are."""
+    return [line for line in read_json_lines(path) if isinstance(line.get("step"), int)]
 
 
 def read_losses(path: Path) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from finetune_operator.api.constants import Reason, StageState
 from finetune_operator.api.finetunejob import FineTuneJob
 from finetune_operator.api.status import MAX_ATTEMPTS
 from finetune_operator.core import names
+from finetune_operator.core.history import derive_history
 from finetune_operator.core.inputs import GANGS, Start
 from finetune_operator.core.nodes import find_fault
 from finetune_operator.core.observed import Attempt, AttemptKey, Observed, Pod
@@ -110,7 +111,7 @@ def desired_state(
     late = tuple(each for each in records if each.may_wait)
     before = before_annotation({each.attempt: each.outcome for each in late if each.outcome is not None})
     manifests = tuple(
-        manifest for stage in pipeline.stages for manifest in _manifests(job, stage, pipeline, settings, before)
+        manifest for stage in pipeline.stages for manifest in _manifests(job, stage, pipeline, settings, before, now)
     )
     carries = any(manifest["kind"] == JOB for manifest in manifests)
     # What a dry run's spec has no use for may be wanted again: it starts nothing and removes nothing.
@@ -292,7 +293,12 @@ def _whole(attempt: Attempt) -> Iterator[Deletion]:
 
 
 def _manifests(
-    job: FineTuneJob, stage: StagePlan, pipeline: Pipeline, settings: Settings, before: Mapping[str, str]
+    job: FineTuneJob,
+    stage: StagePlan,
+    pipeline: Pipeline,
+    settings: Settings,
+    before: Mapping[str, str],
+    now: datetime,
 ) -> Iterator[Manifest]:
     start = stage.start
     if start is None:
@@ -301,6 +307,9 @@ def _manifests(
     if start.completions > 1 and (there is None or not there.service):
         yield service(job, start)
     if there is None or there.job is None:
+        if stage.name in contract.REPORTING:
+            history = derive_history(job, pipeline, settings, now)
+            start = replace(start, config=replace(start.config, history=history))
         made = stage_job(job, start, settings, pipeline.placement)
         made["metadata"]["annotations"] = {**made["metadata"].get("annotations", {}), **before}
         yield made

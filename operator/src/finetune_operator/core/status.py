@@ -116,7 +116,7 @@ def derive_status(
         stages=tuple(_stage_status(stage, problem, current, observed, now) for stage in pipeline.stages),
         training=derive_training(pipeline, progress, before.training),
         evaluation=derive_evaluation(pipeline),
-        attempts=tuple(_attempts(pipeline, before, now))[-MAX_ATTEMPTS:],
+        attempts=tuple(derive_attempts(pipeline, before, now))[-MAX_ATTEMPTS:],
         restarts=pipeline.restarts,
         artifacts=derive_artifacts(pipeline),
         trainable_parameters=derive_trainable_parameters(pipeline),
@@ -396,7 +396,7 @@ MAX_ATTEMPT_LOG_LINES = 5
 """Of an attempt that is past; the stage's status has more of its newest one."""
 
 
-def _attempts(pipeline: Pipeline, before: FineTuneJobStatus, now: datetime) -> Iterable[AttemptStatus]:
+def derive_attempts(pipeline: Pipeline, before: FineTuneJobStatus, now: datetime) -> Iterable[AttemptStatus]:
     """Every end that was none: failed attempts, and preemptions of one that went on later."""
     known = {(each.stage, each.attempt, each.reason, each.end_time): each for each in before.attempts}
     for stage in pipeline.stages:
