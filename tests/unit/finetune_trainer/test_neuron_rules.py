@@ -15,6 +15,7 @@ from finetune_trainer.neuron_rules import (
     NeuronNode,
     check_caches,
     check_cores,
+    check_groups,
     check_model,
     check_stack,
     needs_shared_heads,
@@ -23,7 +24,7 @@ from finetune_trainer.neuron_rules import (
     stack_doubt,
 )
 
-LLAMA_8B = NeuronModel("llama", 32, 8, 14336, 128256, 32)
+LLAMA_8B = NeuronModel("llama", 4096, 32, 8, 14336, 128256, 32)
 TRN1, TRN2 = NeuronNode("ml.trn1.32xlarge", 32), NeuronNode("ml.trn2.48xlarge", 64)
 TENSOR, PIPELINE = "spec.parallelism.tensorParallelSize", "spec.parallelism.pipelineParallelSize"
 TARGETS, SOURCE = "spec.method.lora.targetModules", "spec.model.source"
@@ -50,7 +51,7 @@ REFUSED: dict[str, tuple[dict[str, str], str, list[str]]] = {
         ["mistral", "llama, qwen3, granite (tensor parallelism only)", "cuda or cpu"],
     ),
     "Qwen 2.5, which is not Qwen3": (
-        found(WALKTHROUGH, 4, model=NeuronModel("qwen2", 28, 4, 18944, 152064, 28)),
+        found(WALKTHROUGH, 4, model=NeuronModel("qwen2", 3584, 28, 4, 18944, 152064, 28)),
         SOURCE,
         ["model type qwen2 cannot be trained on Trainium"],
     ),
@@ -64,13 +65,18 @@ REFUSED: dict[str, tuple[dict[str, str], str, list[str]]] = {
         SOURCE,
         ["biases", "attention_bias or mlp_bias"],
     ),
+    "heads that do not divide the hidden size": (
+        found(WALKTHROUGH, 8, model=replace(LLAMA_8B, hidden_size=4100)),
+        SOURCE,
+        ["32 attention heads do not divide its hidden size 4100"],
+    ),
     "a vocabulary that is not divided": (
         found(WALKTHROUGH, 8, model=replace(LLAMA_8B, vocab_size=50257)),
         TENSOR,
         ["tensorParallelSize 8 does not divide the model's vocabulary (50257)", "use 1"],
     ),
     "heads that are not divided": (
-        found(lora("o_proj"), 16, model=replace(LLAMA_8B, heads=24, kv_heads=24)),
+        found(lora("o_proj"), 16, model=replace(LLAMA_8B, hidden_size=3072, heads=24, kv_heads=24)),
         TENSOR,
         ["attention heads (24)", "use 8"],
     ),
@@ -80,7 +86,7 @@ REFUSED: dict[str, tuple[dict[str, str], str, list[str]]] = {
         ["MLP's width (14340)", "use 4"],
     ),
     "KV heads that are neither divided nor copied evenly": (
-        found(lora("o_proj"), 16, model=replace(LLAMA_8B, heads=48, kv_heads=12)),
+        found(lora("o_proj"), 16, model=replace(LLAMA_8B, hidden_size=6144, heads=48, kv_heads=12)),
         TENSOR,
         ["neither divides the model's key and value heads (12) nor is a multiple", "use 4"],
     ),
@@ -155,7 +161,7 @@ def test_what_the_vendor_can_train_is_not_refused(problems: dict[str, str]) -> N
 def test_every_tensor_parallel_size_that_is_advised_is_sound(
     kv_heads: int, group: int, tp: int, node: NeuronNode
 ) -> None:
-    model = replace(LLAMA_8B, heads=kv_heads * group, kv_heads=kv_heads, intermediate_size=64 * 96)
+    model = replace(LLAMA_8B, hidden_size=64 * 96, heads=kv_heads * group, kv_heads=kv_heads, intermediate_size=64 * 96)
     problems = found(lora("o_proj"), tp, model=model, node=node)
     if TENSOR in problems:
         advised = problems[TENSOR].rpartition("use ")[2].split(" or ")
@@ -182,6 +188,7 @@ def test_all_linear_reaches_the_vendor_by_its_names() -> None:
 def test_config_json_is_read_in_the_words_of_the_three_families() -> None:
     config = {
         "model_type": "llama",
+        "hidden_size": 4096,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "intermediate_size": 14336,
@@ -238,6 +245,46 @@ def test_sizes_that_use_every_core_are_sound(sizes: dict[str, Any]) -> None:
 def test_cores_that_would_idle_or_are_not_there_are_refused(sizes: dict[str, Any], words: list[str]) -> None:
     (problem,) = check_cores(sizes, TRN1)
     assert [word for word in words if word not in problem.message] == []
+
+
+# groups
+
+
+@pytest.mark.parametrize(
+    ("sizes", "node", "words"),
+    [
+        pytest.param(
+            split(4, 2, 4),
+            TRN1,
+            [
+                "must be a multiple of 8, is 4 with pipelineParallelSize 2",
+                "use pipelineParallelSize 1 or tensorParallelSize 8",
+            ],
+            id="two stages on one node",
+        ),
+        pytest.param(
+            split(4, 1, 1, nodes=2, procs=2),
+            NeuronNode("trn1.2xlarge", 2),
+            ["a node has 2 of them", "use tensorParallelSize 2"],
+            id="less than a group a node",
+        ),
+    ],
+)
+def test_groups_of_four_on_trn1_must_fill_whole_nodes(
+    sizes: dict[str, Any], node: NeuronNode, words: list[str]
+) -> None:
+    (problem,) = check_groups(sizes, node)
+    assert problem.field == TENSOR
+    assert [word for word in words if word not in problem.message] == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "node"),
+    [(split(4, 1, 8), TRN1), (split(4, 2, 8, nodes=2), TRN1), (split(8, 2, 2), TRN1), (split(4, 4, 4, procs=64), TRN2)],
+    ids=["one stage on one node", "a stage a node", "groups of eight", "trn2"],
+)
+def test_other_groups_are_made_of_neighbours(sizes: dict[str, Any], node: NeuronNode) -> None:
+    assert check_groups(sizes, node) == ()
 
 
 # the stack

@@ -19,6 +19,7 @@ from finetune_trainer.neuron_rules import (
     NeuronNode,
     check_caches,
     check_cores,
+    check_groups,
     check_model,
     neuron_model,
 )
@@ -43,6 +44,7 @@ def check_neuron_stage(config: StageConfig, environment: Mapping[str, str]) -> t
     problems: list[Problem] = []
     if node.cores:
         problems.extend(check_cores(config.parallelism, node))
+        problems.extend(check_groups(config.parallelism, node))
     problems.extend(check_caches(environment, f"spec.stages.{config.stage}.env"))
     problems.extend(_installed_problems(instance_type))
     problems.extend(_adapter_problems(model))

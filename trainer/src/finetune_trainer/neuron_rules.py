@@ -26,6 +26,8 @@ MODEL_TYPES: Mapping[str, bool] = {"llama": True, "qwen3": True, "granite": Fals
 (models/training/auto_models.py; SUPPORTS_PIPELINE_PARALLELISM of each class)."""
 
 _QKV = ("q_proj", "k_proj", "v_proj")
+_APART = 4
+"""The tensor parallel size at which trn1's groups of ranks are not neighbours."""
 
 _TP, _PP = "spec.parallelism.tensorParallelSize", "spec.parallelism.pipelineParallelSize"
 
@@ -38,6 +40,7 @@ class NeuronModel:
     """
 
     model_type: str
+    hidden_size: int
     heads: int
     kv_heads: int
     intermediate_size: int
@@ -100,6 +103,30 @@ def check_cores(parallelism: Mapping[str, Any], node: NeuronNode) -> tuple[Probl
     )
 
 
+def check_groups(parallelism: Mapping[str, Any], node: NeuronNode) -> tuple[Problem, ...]:
+    """Sizes from which the vendor cannot make its groups of ranks. `parallelism` is stage.json's.
+
+    On trn1 with tensor parallel size 4 the ranks of a group are not neighbours but a quarter of a node's cores apart,
+    so that each node's cores have to be whole groups of one pipeline stage (neuronx-distributed 0.15,
+    parallel_layers/parallel_state.py:586; anything else is a RuntimeError on every rank).
+    """
+    tp, pp, dp = (int(parallelism[f"{name}ParallelSize"]) for name in ("tensor", "pipeline", "data"))
+    groups = node.cores // _APART
+    if tp != _APART or instance_family(node.name) not in ("trn1", "trn1n") or (groups and dp % groups == 0):
+        return ()
+    fixes = [] if pp == 1 else ["pipelineParallelSize 1"]
+    other = next((size for size in (8, 2) if node.cores % (size * pp) == 0), None)
+    fixes += [] if other is None else [f"tensorParallelSize {other}"]
+    why = f"has {node.cores} of them"
+    if groups:
+        why = (
+            f"has {groups} groups of {_APART}: the data parallel size must be a multiple of {groups}, is {dp} with "
+            f"pipelineParallelSize {pp}"
+        )
+    message = f"tensorParallelSize {tp} on {node.name} takes cores of one node that are no neighbours, and a node {why}"
+    return (Problem(_TP, tp, f"{message}: use {' or '.join(fixes)}"),)
+
+
 def check_stack(instance_type: str, sdk: str) -> Problem | None:
     """Why `instance_type` cannot be trained on with that Neuron SDK; None where nothing is known against it."""
     row = find_stack(instance_type, sdk)
@@ -146,6 +173,7 @@ def neuron_model(config: Mapping[str, Any]) -> NeuronModel:
     heads = int(config["num_attention_heads"])
     return NeuronModel(
         model_type=str(config.get("model_type") or ""),
+        hidden_size=int(config["hidden_size"]),
         heads=heads,
         kv_heads=int(config.get("num_key_value_heads") or heads),
         intermediate_size=int(config["intermediate_size"]),
@@ -193,6 +221,13 @@ def _type_problems(model: NeuronModel, pp_size: int) -> Iterator[Problem]:
             pp_size,
             f"model type {model.model_type} takes no pipeline stages on Trainium, pipelineParallelSize is {pp_size}: "
             "use 1 and a larger tensorParallelSize",
+        )
+    if model.hidden_size % model.heads:
+        yield Problem(
+            "spec.model.source",
+            model.heads,
+            f"the model's {model.heads} attention heads do not divide its hidden size {model.hidden_size}, which the "
+            "vendor's attention asks for: use another model, or accelerator type cuda or cpu",
         )
     if model.biased:
         yield Problem(

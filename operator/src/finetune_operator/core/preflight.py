@@ -32,6 +32,8 @@ from finetune_trainer.neuron_rules import (
     NeuronModel,
     NeuronNode,
     check_caches,
+    check_cores,
+    check_groups,
     check_model,
     check_stack,
     split_problems,
@@ -103,6 +105,9 @@ def _spec_problems(
     pod_memory_bytes: int | None,
 ) -> Iterator[Problem]:
     yield from _network_problems(job, instance)
+    if instance is not None and job.spec.accelerator.type == "neuron":
+        node, sizes = NeuronNode(instance.name, instance.cores), parallelism.as_json()
+        yield from (*check_cores(sizes, node), *check_groups(sizes, node))
     yield from _prompt_problems(job)
     if shape is None:
         return
@@ -170,6 +175,7 @@ def _model_problems(
     """A model that cannot be split so, and on Neuron all else that the vendor cannot train of it."""
     model = NeuronModel(
         model_type=shape.model_type,
+        hidden_size=shape.hidden_size,
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         intermediate_size=shape.intermediate_size,
