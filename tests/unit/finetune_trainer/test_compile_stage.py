@@ -19,10 +19,10 @@ import pytest
 from neuron_runs import PROGRAM, VENDOR, neuron_config
 from neuron_vendor import graphs
 
-from finetune_trainer import contract, stage
+from finetune_trainer import contract, neuron_cache, stage
 from finetune_trainer.contract import ArtifactRef, ExitCode, Report, StageConfig
 from finetune_trainer.errors import UserError
-from finetune_trainer.neuron_cache import NeuronCache
+from finetune_trainer.neuron_cache import ARTIFACT_NAME, NeuronCache
 from finetune_trainer.stages import compile as compile_stage
 from finetune_trainer.stages import train
 from finetune_trainer.stages.train import Launch
@@ -40,6 +40,7 @@ def _vendor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", TESTS)
     monkeypatch.setenv(contract.TERMINATION_PATH_ENV, str(tmp_path / "termination"))
     monkeypatch.setattr(compile_stage, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(neuron_cache, "UNSEEN_SECONDS", 0.0)
     for name in list(os.environ):
         if name.startswith(("NEURON_", "XLA_")):
             monkeypatch.delenv(name)
@@ -137,7 +138,7 @@ def test_the_graphs_of_a_training_are_compiled_and_reported(workspace: Path, tmp
     assert (report.exit_code, report.reused) == (ExitCode.SUCCESS, False)
     facts = {name: report.metrics[name] for name in ("graphs", "graphsCompiled", "cacheHits", "graphsFailed")}
     assert facts == {"graphs": 3, "graphsCompiled": 3, "cacheHits": 0, "graphsFailed": 0}
-    artifact = json.loads((config.output_path / compile_stage.GRAPHS_NAME).read_text())
+    artifact = json.loads((config.output_path / ARTIFACT_NAME).read_text())
     assert artifact["key"] == report.metrics["cacheKey"]
     assert len(artifact["graphs"]) == 3
     cache = cache_of(workspace)
@@ -178,7 +179,7 @@ def test_the_finished_stage_run_again_is_reused_and_one_whose_graphs_are_gone_co
     run_stage(config, tmp_path)
     assert run_stage(config, tmp_path, 1).reused
     assert len(record()) == 1
-    [name, *_] = json.loads((config.output_path / compile_stage.GRAPHS_NAME).read_text())["graphs"]
+    [name, *_] = json.loads((config.output_path / ARTIFACT_NAME).read_text())["graphs"]
     (cache_of(workspace).folder / name / "model.neff").unlink()
     report = run_stage(config, tmp_path, 2)
     assert (report.reused, report.metrics["graphsCompiled"], report.metrics["cacheHits"]) == (False, 1, 2)
@@ -197,7 +198,7 @@ def test_a_gang_compiles_together_and_each_pod_reports_the_same_artifact(
     first, second = (contract.parse_report((tmp_path / f"pod-{node}").read_bytes()) for node in range(2))
     assert first.artifacts == second.artifacts
     assert first.metrics["graphs"] == 4, "a graph that only the second node has is part of the manifest"
-    assert len(json.loads((config.output_path / compile_stage.GRAPHS_NAME).read_text())["graphs"]) == 4
+    assert len(json.loads((config.output_path / ARTIFACT_NAME).read_text())["graphs"]) == 4
 
 
 def start_pod(config: Path, report: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -442,6 +443,35 @@ def test_train_ends_before_its_first_step_where_graphs_are_gone(workspace: Path,
     report = run_stage(follower, tmp_path)
     assert (report.exit_code, report.reason) == (ExitCode.USER_ERROR, "CompileCacheMiss")
     assert report.message.startswith("3 of 3 graphs of key")
+
+
+def test_train_waits_for_what_its_node_does_not_see_yet(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = neuron_config(workspace)
+    follower = train_after(config, run_stage(config, tmp_path))
+    monkeypatch.setattr(neuron_cache, "UNSEEN_SECONDS", 20.0)
+    monkeypatch.setattr(neuron_cache, "_LOOK_SECONDS", 0.05)
+    [path, *_] = cache_of(workspace).folder.glob("neuronxcc-*/*/model.neff")
+    hidden = path.rename(path.with_name("unseen"))
+    timer = threading.Timer(0.3, lambda: hidden.rename(path))
+    timer.start()
+    report = run_stage(follower, tmp_path)
+    timer.join()
+    assert (report.exit_code, report.metrics["graphsCompiled"]) == (ExitCode.SUCCESS, 0)
+    assert "waiting to see the compiled graphs" in capsys.readouterr().out
+
+
+def test_a_miss_in_train_is_told_against_what_its_own_compile_stage_made(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = neuron_config(workspace)
+    follower = train_after(config, run_stage(config, tmp_path))
+    monkeypatch.setenv("NEURON_FUSE_SOFTMAX", "1")
+    run_stage(neuron_config(workspace, job="nearer", data={"rowLength": 64}), tmp_path, 1)
+    report = run_stage(follower, tmp_path)
+    assert 'environment.NEURON_FUSE_SOFTMAX was absent and is "1"' in report.message
+    assert "rows.length" not in report.message
 
 
 def test_without_a_compile_stage_training_compiles_for_itself(

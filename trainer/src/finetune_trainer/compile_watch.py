@@ -11,12 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from finetune_trainer import contract
 from finetune_trainer.compilation_log import CompilationLog
 from finetune_trainer.contract import ExitCode, Report, StageConfig
-from finetune_trainer.errors import UserError
-from finetune_trainer.neuron_cache import CachedGraphs, CacheKey, NeuronCache, cache_folder, training_key
+from finetune_trainer.errors import CorruptArtifact, UserError
+from finetune_trainer.json_files import read_json_file
+from finetune_trainer.neuron_cache import (
+    ARTIFACT_NAME,
+    CachedGraphs,
+    CacheKey,
+    NeuronCache,
+    cache_folder,
+    is_seen,
+    key_differences,
+    told_differences,
+    training_key,
+)
 
 GRAPHS_COMPILED = "graphsCompiled"
 """Metric of train's report: graphs that this pod's ranks had compiled while they trained, which should be 0."""
@@ -38,7 +50,6 @@ class CompileWatch:
         """UserError CompileCacheMiss where the compile stage ran and not all graphs of this training are there."""
         watch = cls(config, NeuronCache(cache_folder(environment)), training_key(config, environment))
         if contract.COMPILE in config.inputs:
-            watch.promised = watch.cache.find(watch.key)
             watch.check()
         else:
             print("no compile stage ran: graphs are compiled while the training waits for them", flush=True)
@@ -46,12 +57,19 @@ class CompileWatch:
 
     def check(self) -> None:
         """Hold the cache to what the compile stage promised."""
+        made_for = self._made_for()
+        if made_for == self.key.parts:
+            is_seen(self._look, "the compiled graphs")
+        else:
+            self._look()
         if self.promised is None:
+            differences = key_differences(made_for, self.key.parts) if made_for is not None else []
+            why = told_differences(differences) if differences else self.cache.explain_miss(self.key)
             raise UserError(
                 "CompileCacheMiss",
-                f"no compiled graphs of key {self.key.name} in {self.cache.folder}: "
-                f"{self.cache.explain_miss(self.key)}. Delete the Job of stage compile, then suspend and resume the "
-                "job: it compiles for what train has now. Or set compile.enabled: false to have training compile",
+                f"no compiled graphs of key {self.key.name} in {self.cache.folder}: {why}. Delete the Job of stage "
+                "compile, then suspend and resume the job: it compiles for what train has now. Or set compile.enabled: "
+                "false to have training compile",
             )
         lost = self.cache.missing(self.promised)
         if lost:
@@ -66,6 +84,19 @@ class CompileWatch:
             f"{self.cache.folder})",
             flush=True,
         )
+
+    def _look(self) -> bool:
+        self.promised = self.cache.find(self.key)
+        return self.promised is not None and not self.cache.missing(self.promised)
+
+    def _made_for(self) -> Mapping[str, Any] | None:
+        """The parts of the key that the compile stage compiled for, by its artifact; None where that cannot be read."""
+        try:
+            value = read_json_file(self.config.input_path(contract.COMPILE) / ARTIFACT_NAME)
+        except (OSError, CorruptArtifact):
+            return None
+        parts = value.get("parts") if isinstance(value, Mapping) else None
+        return parts if isinstance(parts, Mapping) else None
 
     @contextmanager
     def during(self) -> Iterator[None]:

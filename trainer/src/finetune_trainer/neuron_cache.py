@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -35,6 +35,8 @@ from finetune_trainer.locks import release_lock, shared_lock, try_lock
 from finetune_trainer.neuron_environment import CC_FLAGS, cache_paths, compiled_with, with_cache_path
 
 KEYS_FOLDER = "keys"
+ARTIFACT_NAME = "graphs.json"
+"""In compile's artifact: {"key": its name, "parts": its parts, "graphs": names}."""
 NEFF_NAME = "model.neff"
 DONE_NAME = "model.done"
 FAILURE_NAME = "model.log"
@@ -58,6 +60,9 @@ _PACKAGES = (
 _NOT_OF_THE_MODEL = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
 """Keys of config.json that say where a model came from."""
 _MOST_DIFFERENCES = 6
+_LOOK_SECONDS = 1.0
+UNSEEN_SECONDS = 90.0
+"""How long what another node wrote may stay unseen here: NFS remembers for up to a minute that a name was absent."""
 _RETRY_FAILED = "--retry_failed_compilation"
 _RETRIES = "NEURON_PARALLEL_COMPILE_MAX_RETRIES"
 
@@ -161,6 +166,13 @@ def key_differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str =
     return lines
 
 
+def told_differences(lines: Sequence[str]) -> str:
+    """The first lines of key_differences, and how many more there are."""
+    more = len(lines) - _MOST_DIFFERENCES
+    shown = "; ".join(lines[:_MOST_DIFFERENCES])
+    return f"{shown}; and {more} more" if more > 0 else shown
+
+
 def _shown(value: Any) -> str:
     text = json.dumps(value, sort_keys=True) if value is not None else "absent"
     return text if len(text) <= 200 else f"{text[:200]}…"
@@ -232,11 +244,7 @@ class NeuronCache:
             lines = key_differences(other.parts, key.parts)
             if nearest is None or len(lines) < len(nearest):
                 nearest = lines
-        if nearest is None:
-            return "nothing was compiled into this cache yet"
-        more = len(nearest) - _MOST_DIFFERENCES
-        shown = "; ".join(nearest[:_MOST_DIFFERENCES])
-        return f"{shown}; and {more} more" if more > 0 else shown
+        return "nothing was compiled into this cache yet" if nearest is None else told_differences(nearest)
 
     # ---- entries
 
@@ -303,6 +311,19 @@ def is_still_compiled(config: StageConfig, environment: Mapping[str, str]) -> bo
     cache, key = NeuronCache(cache_folder(known)), training_key(config, known)
     found = cache.find(key)
     return found is not None and not cache.missing(found)
+
+
+def is_seen(look: Callable[[], bool], what: str) -> bool:
+    """Whether `look` is true, now or within UNSEEN_SECONDS."""
+    until, said = time.monotonic() + UNSEEN_SECONDS, False
+    while not look():
+        if time.monotonic() >= until:
+            return False
+        if not said:
+            said = True
+            print(f"waiting to see {what}, which another node wrote", flush=True)
+        time.sleep(_LOOK_SECONDS)
+    return True
 
 
 def graph_name(path: str) -> str | None:

@@ -32,14 +32,13 @@ from finetune_trainer.contract import ExitCode, Report, StageConfig
 from finetune_trainer.errors import HostOutOfMemory, RetryableError, StageError, UserError
 from finetune_trainer.json_files import read_json_file
 from finetune_trainer.locks import folder_lock
-from finetune_trainer.neuron_cache import CacheKey, NeuronCache, cache_folder, training_key
+from finetune_trainer.neuron_cache import ARTIFACT_NAME, CacheKey, NeuronCache, cache_folder, is_seen, training_key
 from finetune_trainer.progress import ProgressPoster
 from finetune_trainer.stage import finished_report, keep_report
 from finetune_trainer.stages.train import COMPILER, CONFIG_NAME, Launch, is_neuron, memory_kills, print_arithmetic
 from finetune_trainer.stages.train_args import parse_args
 
 COMPILE_KIND = "compile"
-GRAPHS_NAME = "graphs.json"
 TRACE_STEPS = 10
 """As many as the vendor's documentation asks for (10 to 15) and AWS's samples take; tracing costs seconds a step."""
 
@@ -158,6 +157,8 @@ class Compilation:
                 return mine
             results = [mine, *(self._result_of(node) for node in range(1, self.gang.num_nodes))]
             graphs = {name for result in results for name in result["graphs"]}
+            if not is_seen(lambda: all(map(self.cache.neff_bytes, graphs)), "the other nodes' graphs"):
+                raise RetryableError("CompileIncomplete", "graphs that other nodes compiled are not in the cache")
             self.cache.keep(self.key, graphs, time.monotonic() - began)
             compiled = {name for result in results for name in result["compiled"]}
             seconds = round(time.monotonic() - began, 3)
@@ -200,7 +201,7 @@ class Compilation:
             )
         value = {"key": self.key.name, "parts": dict(found.parts), "graphs": sorted(found.graphs)}
         with new_artifact(self.config.output_path, COMPILE_KIND) as writer:
-            writer.write(GRAPHS_NAME, contract.canonical_json(value))
+            writer.write(ARTIFACT_NAME, contract.canonical_json(value))
             keep_report(writer, {"graphs": len(found.graphs), "graphsFailed": 0, "cacheKey": self.key.name})
         hits = len(found.graphs) - metrics["graphsCompiled"]
         return finished_report(self.config, {**metrics, "cacheHits": hits}, reused=reused)
