@@ -403,10 +403,13 @@ class ShardLayout:
 
     def optimizer_names(self, tensors: Tensors, pp_rank: int) -> list[str]:
         """The trainable parameters of a pipeline rank in the optimizer's order: those that decay, then the others."""
-        keys = self.local_tensors(tensors, 0, pp_rank)
-        named = {parameter.key: parameter.name for parameter in self.parameters(0) if parameter.key in keys}
-        matrices = [name for key, name in named.items() if keys[key].dim() > 1]
-        return [*matrices, *(name for key, name in named.items() if keys[key].dim() <= 1)]
+        trained = [
+            parameter
+            for parameter in self.parameters(0)
+            if self.stage_of(parameter.name) == pp_rank and all(source in tensors for source in parameter.sources)
+        ]
+        is_matrix = {parameter.name: tensors[parameter.sources[0]].dim() > 1 for parameter in trained}
+        return sorted(is_matrix, key=lambda name: not is_matrix[name])
 
 
 def whole_shapes(

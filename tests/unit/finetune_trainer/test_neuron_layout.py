@@ -29,7 +29,7 @@ from finetune_trainer.neuron_tensors import NeuronTensor
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 SLOW = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 
