@@ -73,13 +73,23 @@ def test_every_variable_says_where_it_comes_from_and_what_for() -> None:
         assert [each.name for each in variables if len(each.source) < 20 or len(each.why) < 10] == []
 
 
-def test_fuse_qkv_is_set_nowhere_but_to_false() -> None:
+def test_fuse_qkv_is_set_to_nothing_but_false() -> None:
     """With shared heads and an adapter the vendor's forward pass raises (optimum-neuron 0.4.5, peft/tuners/lora)."""
-    root = Path(finetune_trainer.__file__).parent
-    for path in root.rglob("*.py"):
+    found = []
+    for path in Path(finetune_trainer.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.keyword) and node.arg == "fuse_qkv" and isinstance(node.value, ast.Constant):
-                assert node.value.value is False, f"{path.name}:{node.value.lineno} sets fuse_qkv"
+            pairs: list[tuple[object, ast.expr]] = []
+            if isinstance(node, ast.Dict):
+                pairs = [
+                    (key.value, value)
+                    for key, value in zip(node.keys, node.values, strict=True)
+                    if isinstance(key, ast.Constant)
+                ]
+            elif isinstance(node, ast.keyword):
+                pairs = [(node.arg, node.value)]
+            found += [value.value for name, value in pairs if name == "fuse_qkv" and isinstance(value, ast.Constant)]
+    assert found
+    assert not any(found)
 
 
 # the cache
