@@ -8,6 +8,7 @@ Standard library only, so that it runs in any image.
 Environment, beside the vendor's own:
 
     FAKE_NEURON_FAIL      words, comma-separated: graphs that have one in them cannot be compiled
+    FAKE_NEURON_WORDS     what the compiler says of them, in place of FAILURE
     FAKE_NEURON_KILL      the same for graphs whose compiler is killed for memory
     FAKE_NEURON_SECONDS   how long each compilation takes, in seconds
 """
@@ -149,7 +150,8 @@ def compile_graph(entry: Path) -> None:
     say("NEURON_CC_WRAPPER", f"Call compiler with cmd: {command}")
     time.sleep(float(os.environ.get("FAKE_NEURON_SECONDS", "0")))
     print(".....", flush=True)
-    for variable, words in (("FAKE_NEURON_FAIL", FAILURE), ("FAKE_NEURON_KILL", KILLED)):
+    failure = os.environ.get("FAKE_NEURON_WORDS", FAILURE)
+    for variable, words in (("FAKE_NEURON_FAIL", failure), ("FAKE_NEURON_KILL", KILLED)):
         if is_named(graph, variable):
             told = f"Failed compilation with {command.split()}: {words}"
             (entry / "model.log").write_text(told)

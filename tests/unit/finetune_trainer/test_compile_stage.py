@@ -252,6 +252,24 @@ def test_a_compiler_that_is_killed_for_memory_is_told_as_that(
     assert "stages.compile.resources" in report.message
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("OSError: [Errno 28] No space left on device: 'model.neff'", "VolumeFull"),
+        ("[F134] neuronx-cc terminated abnormally - Please open a support ticket", "CompilerCrashed"),
+    ],
+    ids=["the volume is full", "the compiler crashed"],
+)
+def test_what_may_go_well_another_time_is_tried_again(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, reason: str
+) -> None:
+    monkeypatch.setenv("FAKE_NEURON_FAIL", "later")
+    monkeypatch.setenv("FAKE_NEURON_WORDS", words)
+    report = run_stage(neuron_config(workspace), tmp_path)
+    assert (report.exit_code, report.reason) == (ExitCode.RETRYABLE, reason)
+    assert words.split(" - ")[0] in report.message
+
+
 def test_a_tool_that_is_cut_short_is_tried_again_though_it_exits_with_0(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
