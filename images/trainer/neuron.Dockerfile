@@ -44,6 +44,7 @@ RUN --mount=type=secret,id=ca \
     python3 /tmp/vendor_packages.py lend /opt/finetune; \
     /opt/uv/bin/uv pip install --python /opt/finetune/bin/python --no-cache --no-deps --no-build --require-hashes --compile-bytecode \
         -r /tmp/requirements.txt; \
+    /opt/finetune/bin/python /tmp/vendor_packages.py close; \
     /opt/finetune/bin/python /tmp/vendor_packages.py check
 
 # Layer 2: our own wheel, and a look at what a training will import.

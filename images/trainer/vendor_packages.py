@@ -4,6 +4,7 @@
 Run by images/trainer/neuron.Dockerfile, by the base's Python before anything is installed, by the environment's after:
 
     python3 vendor_packages.py lend /opt/finetune
+    /opt/finetune/bin/python vendor_packages.py close
     /opt/finetune/bin/python vendor_packages.py check
 
 The environment's own packages come first on sys.path and the base's after them, and no file of the base is written.
@@ -141,6 +142,23 @@ def _requirements(distribution: Distribution) -> Iterator[tuple[str, SpecifierSe
             yield normalised(requirement.name), requirement.specifier, text
 
 
+def close(own: Packages, folder: Path, lent: Sequence[str]) -> list[Path]:
+    """Make whole the parts of packages that are whole in the base; the empty __init__.py files written below `folder`.
+
+    optimum is in parts: several distributions share its folders, of which one without __init__.py yields to one with it
+    wherever that stands on sys.path. Older versions have one in places where ours have none, so ours would be hidden.
+    """
+    written = []
+    for name in sorted(own):
+        parts = {parent for path in own[name].files or () if path.suffix == ".py" for parent in Path(path).parents}
+        for part in sorted(part for part in parts - {Path()} if ".." not in part.parts):
+            inside = folder / part / "__init__.py"
+            if not inside.exists() and any((Path(base) / part / "__init__.py").exists() for base in lent):
+                inside.touch()
+                written.append(inside)
+    return written
+
+
 def hidden(own: Packages, folder: Path) -> Iterator[str]:
     """Modules of `own` that Python would take from elsewhere than `folder`, each a sentence.
 
@@ -166,14 +184,19 @@ def _modules(distribution: Distribution) -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """`lend ENVIRONMENT` or `check`; see the module."""
+    """`lend ENVIRONMENT`, `close` or `check`; see the module."""
     if arguments[:1] == ["lend"] and len(arguments) == 2:
         print(f"vendor_packages: {lend(Path(arguments[1]))} lends {', '.join(site_folders())}")
         return 0
-    if arguments != ["check"]:
-        raise SystemExit("usage: vendor_packages.py lend ENVIRONMENT | vendor_packages.py check")
+    if arguments not in (["close"], ["check"]):
+        raise SystemExit("usage: vendor_packages.py lend ENVIRONMENT | close | check")
     folder = Path(sysconfig.get_paths()["purelib"])
-    own, base = packages_of([str(folder)]), packages_of(lent_folders(folder))
+    lent = lent_folders(folder)
+    own, base = packages_of([str(folder)]), packages_of(lent)
+    if arguments == ["close"]:
+        for path in close(own, folder, lent):
+            print(f"vendor_packages: {path} was added, or the base's package would hide ours")
+        return 0
     for name in sorted(own.keys() & base.keys()):
         print(f"vendor_packages: {name} {own[name].version} is seen in place of the base's {base[name].version}")
     for name in NEEDED:

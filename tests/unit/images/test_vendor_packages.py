@@ -193,19 +193,28 @@ def test_a_vendors_package_in_ours_ends_the_build(environments: tuple[Path, Path
     assert "numpy 2.2.6 is the vendor's to install (the base has 1.26.4)" in checked.stderr
 
 
-def test_a_part_of_a_package_that_the_bases_whole_one_hides_ends_the_build(environments: tuple[Path, Path]) -> None:
+def test_a_part_of_a_package_that_the_bases_whole_one_hides_ends_the_build_until_it_is_made_whole(
+    environments: tuple[Path, Path],
+) -> None:
     base, ours = environments
     assert run(base / "bin/python", str(PROGRAM), "lend", str(ours)).returncode == 0
     install(site_of(ours), "optimum-neuron", "0.4.5")
-    (site_of(ours) / "optimum" / "neuron").mkdir(parents=True)
-    (site_of(ours) / "optimum" / "neuron" / "__init__.py").touch()
-    (site_of(ours) / "optimum-neuron-0.4.5.dist-info" / "RECORD").write_text("optimum/neuron/__init__.py,,\n")
+    for site, versions in ((site_of(ours), "ours"), (site_of(base), "base")):
+        (site / "optimum" / "exporters" / "neuron").mkdir(parents=True)
+        (site / "optimum" / "exporters" / "neuron" / "__init__.py").write_text(f"WHERE = '{versions}'\n")
+    record = site_of(ours) / "optimum-neuron-0.4.5.dist-info" / "RECORD"
+    record.write_text("optimum/exporters/neuron/__init__.py,,\n../../../bin/neuron_parallel_compile,,\n")
     assert run(ours / "bin/python", str(PROGRAM), "check").returncode == 0
-    (site_of(base) / "optimum").mkdir()
-    (site_of(base) / "optimum" / "__init__.py").touch()
+    (site_of(base) / "optimum" / "exporters" / "__init__.py").touch()
     checked = run(ours / "bin/python", str(PROGRAM), "check")
     assert checked.returncode == 1
-    assert "its module optimum.neuron would come from None" in checked.stderr
+    assert f"its module optimum.exporters.neuron would come from {site_of(base)}" in checked.stderr
+    closed = run(ours / "bin/python", str(PROGRAM), "close")
+    assert f"{site_of(ours) / 'optimum' / 'exporters' / '__init__.py'} was added" in closed.stdout
+    assert not (site_of(ours) / "optimum" / "__init__.py").exists()
+    assert run(ours / "bin/python", str(PROGRAM), "check").returncode == 0
+    seen = run(ours / "bin/python", "-B", "-c", "import optimum.exporters.neuron as each; print(each.WHERE)")
+    assert seen.stdout.strip() == "ours"
 
 
 def pins(name: str) -> dict[str, str]:
