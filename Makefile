@@ -59,6 +59,7 @@ lint: setup ## ruff (style and imports) and the import boundaries
 type: setup ## mypy, strict
 	@$(BIN)/mypy
 	@cd hack/cluster && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --strict local_cluster cluster.py
+	@$(BIN)/mypy --python-version 3.10 --package finetune_trainer
 
 .PHONY: chart
 chart: setup helm ## Chart tests on helm's own rendering
@@ -77,17 +78,17 @@ e2e: setup cluster-up images install ## End-to-end tests: the installed chart, r
 test-kueue: setup cluster-up images install ## Only the tests on the real Kueue: quotas, admission stage by stage, preemption
 	@$(CLUSTER_ENV); $(IMAGE_ENV); $(PY) -m pytest tests/contract/test_kueue.py tests/e2e/test_kueue.py tests/rights $(PYTEST_ARGS)
 
-.PHONY: test-leadership
 .PHONY: test-neuron
 test-neuron: setup cluster-up images install ## Only the rehearsal of Trainium: a whole job on a node with devices patched on, stand-ins for the vendor
 	@$(CLUSTER_ENV); $(IMAGE_ENV); $(PY) -m pytest tests/e2e/test_neuron_rehearsal.py $(PYTEST_ARGS)
 
+.PHONY: test-leadership
 test-leadership: setup cluster-up ## Two replicas: the leader killed, stopped in order, frozen; seconds to the hand-over
 	@$(CLUSTER_ENV); $(PY) -m pytest -s tests/contract/test_leadership.py $(PYTEST_ARGS)
 
 .PHONY: golden
 golden: setup helm ## Rewrite tests/golden; review the diff
-	@$(CLUSTER_ENV); UPDATE_GOLDEN=1 $(PY) -m pytest -q tests/unit/finetune_operator tests/unit/chart -k golden
+	@$(CLUSTER_ENV); UPDATE_GOLDEN=1 $(PY) -m pytest -q tests/unit/finetune_operator tests/unit/finetune_client tests/unit/chart -k golden
 
 .PHONY: generate
 generate: setup ## Regenerate crds/, docs/api.md, spec_schema.json and the chart's copies
@@ -130,7 +131,6 @@ test-resume: setup ## Kill a training at every step and moment of a checkpoint, 
 test-cuda: setup ## What must hold on a GPU as on a CPU: bf16, FSDP2, nf4, resume, memory; skipped where no GPU is
 	@$(PY) -m pytest tests/cuda $(PYTEST_ARGS)
 
-##@ Cluster
 .PHONY: test-python310
 test-python310: setup ## The trainer's unit tests on Python 3.10, as in the Neuron image; minutes (PYTHON310, PYTEST_ARGS)
 	@./hack/setup_python310.sh
@@ -140,6 +140,7 @@ test-python310: setup ## The trainer's unit tests on Python 3.10, as in the Neur
 test-neuron-vendor: setup ## Hold what we call of neuronx-distributed against a checkout: NXD=/path (v2.26.0), XLA=/path (v2.8.0)
 	@NXD="$(NXD)" XLA="$(XLA)" $(PY) -m pytest -rA tests/vendor_source $(PYTEST_ARGS)
 
+##@ Cluster
 
 .PHONY: cluster-up
 cluster-up: ## Build (once) and start a real single-node Kubernetes on this machine
@@ -171,6 +172,10 @@ helm:
 images: setup ## Build the operator's and the trainer's image where they are missing; tags are digests of their inputs
 	@$(IMAGES) build
 
+.PHONY: images-neuron
+images-neuron: setup ## Build the image for Trainium nodes over the vendor's base; CLUSTER=existing: print the commands
+	@$(if $(filter existing,$(CLUSTER)),$(IMAGES) wheels neuron; )$(IMAGES) build neuron
+
 .PHONY: install
 install: images ## helm upgrade --install the operator with these images
 	@$(CLUSTER_ENV); helm upgrade --install $(RELEASE) charts/finetune-operator --namespace $(NAMESPACE) --create-namespace \
@@ -181,10 +186,6 @@ install: images ## helm upgrade --install the operator with these images
 uninstall: ## Remove the operator, its CRD and with it every FineTuneJob
 	@$(CLUSTER_ENV); helm uninstall $(RELEASE) --namespace $(NAMESPACE) --wait --ignore-not-found; \
 	  kubectl delete crd finetunejobs.finetune-operator.io --ignore-not-found
-.PHONY: images-neuron
-images-neuron: setup ## Build the image for Trainium nodes over the vendor's base; CLUSTER=existing: print the commands
-	@$(if $(filter existing,$(CLUSTER)),$(IMAGES) wheels neuron; )$(IMAGES) build neuron
-
 
 .PHONY: clean
 clean: ## Remove build output and .venv of this checkout (caches outside the tree stay)

@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 from bad_specs import BAD_SPECS, BadSpec
-from builders import job_body
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from job_specs import job_spec
 
 from finetune_trainer.spec_checks import check_parallelism, check_part, check_spec, spec_schema, with_defaults
 from finetune_trainer.spec_rules import RULES, nearest_sizes, rules_of, template_fields
 
 
 def told(**changes: Any) -> list[str]:
-    return [str(problem) for problem in check_spec(job_body(**changes)["spec"])]
+    return [str(problem) for problem in check_spec(job_spec(**changes))]
 
 
 @pytest.mark.parametrize("bad", [pytest.param(bad, id=bad.id) for bad in BAD_SPECS if bad.name == "bad"])
 def test_a_wrong_spec_has_one_problem_at_its_field(bad: BadSpec) -> None:
-    (problem,) = check_spec(job_body(**bad.change)["spec"])
+    (problem,) = check_spec(job_spec(**bad.change))
     assert problem.field == bad.field
     assert (bad.ours or bad.message) in problem.message
 
@@ -94,7 +94,7 @@ def test_what_is_far_from_every_field_gets_the_list_of_them() -> None:
 
 
 def test_a_wrong_field_hides_no_rule_that_does_not_read_it() -> None:
-    fields = [problem.field for problem in check_spec(job_body(dataset={"maxLength": 1, "template": {}})["spec"])]
+    fields = [problem.field for problem in check_spec(job_spec(dataset={"maxLength": 1, "template": {}}))]
     assert fields == [
         "spec.dataset.template.prompt",
         "spec.dataset.template.completion",
@@ -110,7 +110,7 @@ def test_a_spec_that_is_no_object_is_one_problem(spec: Any) -> None:
 
 
 def test_null_is_absence() -> None:
-    spec = job_body(dataset={"maxLength": 256})["spec"]
+    spec = job_spec(dataset={"maxLength": 256})
     spec["dataset"]["maxLength"] = spec["merge"] = None
     assert check_spec(spec) == ()
     assert with_defaults(spec)["dataset"]["maxLength"] == 2048
@@ -242,7 +242,7 @@ PATHS = [
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(PATHS), JSON)
 def test_any_json_in_any_field_gives_problems_and_never_an_error(path: tuple[str, str | None], value: Any) -> None:
-    spec = json.loads(json.dumps(job_body()["spec"]))
+    spec = json.loads(json.dumps(job_spec()))
     section, name = path
     if name is None:
         spec[section] = value
