@@ -85,6 +85,7 @@ MODELS: dict[str, Any] = {
             "tied": {"type": "boolean"},
             "biased": {"type": "boolean"},
             "modelType": {"type": "string", "pattern": "^[a-z0-9_-]+$"},
+            "headDim": COUNT,
         },
     },
 }

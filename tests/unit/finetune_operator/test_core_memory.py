@@ -127,6 +127,18 @@ def test_lora_holds_the_base_once_and_sixteen_bytes_a_parameter_of_the_adapter(
     assert (found.gradients, found.optimizer) == (4 * adapter, 8 * adapter)
 
 
+def test_an_adapter_on_wide_heads_has_their_width() -> None:
+    """Qwen3 0.6B: 16 heads of 128 numbers on a hidden state of 1024, 8 key and value heads, 28 layers."""
+    shape = ModelShape(1024, 28, 16, 8, 3072, 151936, 596_049_920, tied=True, model_type="qwen3", head_dim=128)
+    targets = {"rank": 8, "targetModules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    expected = 28 * 8 * (2 * (1024 + 2048) + 2 * (1024 + 1024))
+    assert trainable_parameters(make_job(method={"lora": targets}).spec, shape) == expected
+    matrices = 28 * sum(inputs * outputs for inputs, outputs in _block_layers(shape).values())
+    norms = 28 * (2 * 1024 + 2 * 128) + 1024
+    assert matrices + norms + shape.embedding_parameters == shape.parameters
+    assert shape.has_gated_mlp
+
+
 # Of one block of Llama 3 8B: q and o, k and v (8 of 32 heads), gate and up, down. The trainer's tests have the same.
 _LLAMA_LINEAR = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
 _LLAMA_OUTPUTS = 2 * 4096 + 2 * 1024 + 2 * 14336 + 4096

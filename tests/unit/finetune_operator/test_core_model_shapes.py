@@ -49,8 +49,9 @@ def test_a_model_that_nobody_knows_has_no_sizes_before_prepare_reports_them(sour
     assert find_shape(job, None) is None
     assert find_shape(job, ENTRY) == SHAPE
     assert find_shape(job, {**ENTRY, "tied": True}) == ModelShape(64, 2, 8, 4, 128, 100, 100_000, tied=True)
-    reported = find_shape(job, {**ENTRY, "modelType": "qwen3", "biased": True})
-    assert reported == ModelShape(64, 2, 8, 4, 128, 100, 100_000, model_type="qwen3", biased=True)
+    reported = find_shape(job, {**ENTRY, "modelType": "qwen3", "biased": True, "headDim": 32})
+    assert reported == ModelShape(64, 2, 8, 4, 128, 100, 100_000, model_type="qwen3", biased=True, head_dim=32)
+    assert (reported.head_size, reported.query_size, reported.kv_size) == (32, 256, 128)
 
 
 def test_what_prepare_read_wins_over_the_name() -> None:
@@ -75,7 +76,7 @@ def test_the_installation_adds_models_and_replaces_built_in_ones() -> None:
 def test_everything_that_is_wrong_with_the_installations_models_is_said_at_once() -> None:
     extra = {
         "a/b": {**ENTRY, "heads": 6, "layers": "two"},
-        "c/d": {**ENTRY, "heads": 128, "kvheads": 4, "tied": "yes", "modelType": 7},
+        "c/d": {**ENTRY, "heads": 128, "kvheads": 4, "tied": "yes", "modelType": 7, "headDim": 0},
         "e/f": 7,
     }
     with pytest.raises(ValueError, match="models") as caught:
@@ -84,8 +85,9 @@ def test_everything_that_is_wrong_with_the_installations_models_is_said_at_once(
         "models.a/b.layers must be a whole number of at least 1, is 'two'",
         "models.a/b.heads must be a multiple of kvHeads, 6 is none of 4",
         "models.c/d has no kvheads: it takes hiddenSize, layers, heads, kvHeads, intermediateSize, vocabSize, "
-        "parameters, tied, biased and modelType",
+        "parameters, tied, biased, modelType and headDim",
         "models.c/d.tied must be true or false, is 'yes'",
+        "models.c/d.headDim must be a whole number of at least 1, is 0",
         "models.c/d.modelType must be config.json's model_type, is 7",
         "models.c/d.hiddenSize must be at least heads, 64 is less than 128",
         "models.e/f must be an object with hiddenSize, layers, heads, kvHeads, intermediateSize, vocabSize, "

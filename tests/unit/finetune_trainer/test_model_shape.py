@@ -33,7 +33,11 @@ def write(folder: Path, config: dict[str, Any], *shards: dict[str, np.ndarray]) 
     ("config", "expected"),
     [
         pytest.param(LLAMA, GROUPED, id="llama"),
-        pytest.param({"text_config": LLAMA, "hidden_size": 99}, GROUPED, id="the text part of a model of several"),
+        pytest.param(
+            {"model_type": "llava", "text_config": {**LLAMA, "model_type": "llama"}, "hidden_size": 99},
+            {**GROUPED, "modelType": "llava"},
+            id="the text part of a model of several",
+        ),
         pytest.param(BLOOM, {**PLAIN, "modelType": "bloom"}, id="bloom"),
         pytest.param(GPT2, PLAIN, id="gpt2"),
     ],
@@ -66,3 +70,11 @@ def test_the_model_type_is_told_and_biases_where_a_family_can_do_without(tmp_pat
     )
     assert shape is not None
     assert (shape["modelType"], shape["biased"]) == ("llama", True)
+
+
+def test_the_width_of_a_head_is_told_where_it_is_not_its_share_of_the_hidden_state(tmp_path: Path) -> None:
+    for head_dim, told in ((2, None), (4, 4)):
+        config = {**LLAMA, "head_dim": head_dim}
+        shape = read_model_shape(write(tmp_path, config, {"a": np.zeros(1, np.float32)}))
+        assert shape is not None
+        assert shape.get("headDim") == told

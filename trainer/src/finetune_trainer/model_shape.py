@@ -33,10 +33,12 @@ def read_model_shape(folder: Path) -> dict[str, Any] | None:
 
     `parameters` counts the numbers in the files, so tied embeddings once; `tied` says that they hold one matrix of
     vocabSize x hiddenSize and not two. A family without a key for it has as many kv heads as heads, and an MLP four
-    times as wide as its hidden state. `modelType` is config.json's model_type, where it has one; `biased` is there
-    where attention or MLP layers have biases in a family that can do without.
+    times as wide as its hidden state. `modelType` is config.json's model_type, where it has one. `biased`
+    is there where attention or MLP layers have biases in a family that can do without, `headDim` where a head's width
+    is not hiddenSize / heads (Qwen3).
     """
     config = read_model_config(folder)
+    model_type = config.get("model_type")  # of the whole: that of a part would promise what only the part can do
     nested = config.get("text_config")
     if isinstance(nested, Mapping):
         config = nested
@@ -50,10 +52,13 @@ def read_model_shape(folder: Path) -> dict[str, Any] | None:
     sizes["parameters"] = sum(math.prod(shape) for shape in weights)
     embedding = [sizes["vocabSize"], sizes["hiddenSize"]]
     sizes["tied"] = sum(shape == embedding for shape in weights) < 2
-    if isinstance(config.get("model_type"), str):
-        sizes["modelType"] = config["model_type"]
+    if isinstance(model_type, str):
+        sizes["modelType"] = model_type
     if has_biases(config):
         sizes["biased"] = True
+    head_dim = _size(config, ("head_dim",))
+    if head_dim is not None and head_dim * sizes["heads"] != sizes["hiddenSize"]:
+        sizes["headDim"] = head_dim
     return sizes
 
 

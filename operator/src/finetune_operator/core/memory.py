@@ -242,11 +242,12 @@ def _block_layers(shape: ModelShape) -> dict[str, tuple[int, int]]:
 
 def _linear_layers(shape: ModelShape) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of linear layers by the names that the families give them."""
-    h, i, kv = shape.hidden_size, shape.intermediate_size, shape.kv_size
+    h, i, q, kv = shape.hidden_size, shape.intermediate_size, shape.query_size, shape.kv_size
     return {
-        **dict.fromkeys(("q_proj", "o_proj", "out_proj", "dense"), (h, h)),
+        "q_proj": (h, q),
+        **dict.fromkeys(("o_proj", "out_proj", "dense"), (q, h)),
         **dict.fromkeys(("k_proj", "v_proj"), (h, kv)),
-        **dict.fromkeys(("query_key_value", "qkv_proj"), (h, h + 2 * kv)),
+        **dict.fromkeys(("query_key_value", "qkv_proj"), (h, q + 2 * kv)),
         **dict.fromkeys(("gate_proj", "up_proj", "dense_h_to_4h", "fc1"), (h, i)),
         **dict.fromkeys(("down_proj", "dense_4h_to_h", "fc2"), (i, h)),
         "gate_up_proj": (h, 2 * i),

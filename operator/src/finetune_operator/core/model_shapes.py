@@ -22,7 +22,8 @@ class ModelShape:
     """The sizes of a decoder-only transformer. `parameters` counts tied embeddings once; `tied` says that the output
     layer is the embedding, `fused` that queries, keys and values are one layer, and gate and up another (Phi-3).
     `model_type` is config.json's, "" where nobody says it; `biased`: attention or MLP layers have biases in a family
-    that can do without."""
+    that can do without. `head_dim` is the width of a head where it is not hidden_size / heads (Qwen3), else 0.
+    """
 
     hidden_size: int
     layers: int
@@ -35,11 +36,17 @@ class ModelShape:
     fused: bool = False
     model_type: str = ""
     biased: bool = False
+    head_dim: int = 0
 
     @property
     def head_size(self) -> int:
         """Width of one attention head, in numbers."""
-        return self.hidden_size // self.heads
+        return self.head_dim or self.hidden_size // self.heads
+
+    @property
+    def query_size(self) -> int:
+        """Width of all queries of one token, in numbers: the hidden size in most models."""
+        return self.heads * self.head_size
 
     @property
     def kv_size(self) -> int:
@@ -57,7 +64,7 @@ class ModelShape:
 
         By arithmetic: what the other parts leave of the parameters, in matrices of hidden x intermediate size a layer.
         """
-        attention = self.layers * self.hidden_size * (2 * self.hidden_size + 2 * self.kv_size)
+        attention = self.layers * self.hidden_size * (2 * self.query_size + 2 * self.kv_size)
         left = self.parameters - self.embedding_parameters - attention
         return left > 2.5 * self.layers * self.hidden_size * self.intermediate_size
 
@@ -154,8 +161,8 @@ _KEYS: Mapping[str, str] = MappingProxyType(
 )
 """Keys of prepare's report and of the chart's `models`, and the fields that they fill."""
 
-_OPTIONAL = ("tied", "biased", "modelType")
-"""Keys of both that may be left out: false, false and not known."""
+_OPTIONAL = ("tied", "biased", "modelType", "headDim")
+"""Keys of both that may be left out: false, false, not known, and hiddenSize / heads."""
 
 
 def model_shapes(extra: Mapping[str, Any]) -> Mapping[str, ModelShape]:
@@ -195,6 +202,7 @@ def _shape(value: Mapping[str, Any]) -> ModelShape:
         tied=bool(value.get("tied", False)),
         model_type=value.get("modelType", ""),
         biased=bool(value.get("biased", False)),
+        head_dim=value.get("headDim", 0),
     )
 
 
@@ -212,6 +220,8 @@ def _problems(name: str, value: Any) -> Iterator[str]:
     for key in ("tied", "biased"):
         if not isinstance(value.get(key, False), bool):
             yield f"models.{name}.{key} must be true or false, is {value[key]!r}"
+    if not _is_size(value.get("headDim", 1)):
+        yield f"models.{name}.headDim must be a whole number of at least 1, is {value['headDim']!r}"
     if not isinstance(value.get("modelType", ""), str):
         yield f"models.{name}.modelType must be config.json's model_type, is {value['modelType']!r}"
     heads, kv_heads, hidden = (value.get(key) for key in ("heads", "kvHeads", "hiddenSize"))
