@@ -127,7 +127,7 @@ def test_a_dry_run_plans_a_trainium_job_at_any_time_and_starts_nothing(
 
 REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "processes": (
-        {"parallelism": {"tensorParallelSize": 8, "pipelineParallelSize": 3}},
+        {"parallelism": {"tensorParallelSize": 8, "pipelineParallelSize": 3}, "dataset": {"packing": "none"}},
         "InvalidSpec",
         ["2 nodes with 32 processes each are 64", "tensorParallelSize 8 * pipelineParallelSize 3 = 24", "change"],
     ),
@@ -135,11 +135,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         {"parallelism": {"tensorParallelSize": 64}},
         "InvalidSpec",
         ["tensorParallelSize 64 does not divide the model's attention heads (32)", "use 32"],
-    ),
-    "rows": (
-        {"dataset": {"maxLength": 5000}},
-        "InvalidSpec",
-        ["multiple of 2048 on Neuron", "is 5000: use 4096 or 6144"],
     ),
     "memory": (
         {
@@ -149,6 +144,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         },
         "InvalidSpec",
         ["the training needs at least", "on each NeuronCore of ml.trn1.2xlarge, 16.0 GiB are there (weights 65.7"],
+    ),
+    "adapter": (
+        {"parallelism": {"tensorParallelSize": 16}},
+        "InvalidSpec",
+        ["q_proj, v_proj without k_proj", "add k_proj to targetModules, or use tensorParallelSize 8"],
+    ),
+    "model": (
+        {"model": {"source": "hf://mistralai/Mistral-7B-v0.1"}},
+        "InvalidSpec",
+        ["model type mistral cannot be trained on Trainium", "llama, qwen3, granite (tensor parallelism only)"],
+    ),
+    "stack": (
+        {"accelerator": {"instanceType": "ml.inf2.48xlarge"}, "parallelism": {"tensorParallelSize": 4}},
+        "UnsupportedInstanceSdkPair",
+        ["ml.inf2.48xlarge with Neuron SDK 2.26.0 is known not to work", "use an instance type of trn1"],
     ),
     "instance": (
         {"accelerator": {"instanceType": "ml.trn9.large"}},

@@ -99,7 +99,8 @@ def test_the_api_server_refuses_a_wrong_spec(team: Team, spec: dict[str, Any], w
 
 def test_what_is_not_available_yet_is_said_and_nothing_is_started(team: Team, operator_namespace: str) -> None:
     before = operator_restarts(operator_namespace)
-    team.apply(tiny_job(team, "later", accelerator={"type": "neuron", "instanceType": "ml.trn1.32xlarge", "nodes": 1}))
+    trainium = {"type": "neuron", "instanceType": "ml.trn1.32xlarge", "nodes": 1}
+    team.apply(tiny_job(team, "later", accelerator=trainium, training={**TRAINING, "precision": "bf16"}))
     job = team.wait(
         "later", lambda job: condition(job, "Validated").get("status") == "False", 30, "a Validated condition"
     )

@@ -218,9 +218,7 @@ class Training(Model):
         description="Micro batches that make one step. Global batch = microBatchSize x gradientAccumulationSteps x "
         "data parallel size.",
     )
-    precision: Literal["bf16", "fp32"] = Field(
-        default="bf16", description="Number format of the model's arithmetic; bf16 only with accelerator type neuron."
-    )
+    precision: Literal["bf16", "fp32"] = Field(default="bf16", description="Number format of the model's arithmetic.")
     gradient_checkpointing: bool = Field(
         default=False,
         description="Whether activations are computed again in the backward pass instead of being kept: less memory "
