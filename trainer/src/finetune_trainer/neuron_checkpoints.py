@@ -21,10 +21,10 @@ from finetune_trainer.json_files import read_json_file
 from finetune_trainer.model_files import CONFIG_NAME
 from finetune_trainer.neuron_layout import Piece, RankKey, StageMetadata, parse_metadata, plan_tensors
 from finetune_trainer.neuron_shard_files import (
-    MappedFiles,
     Rank,
     ShardFile,
     check_contents,
+    give_back,
     load_file,
     open_shard_file,
     rank_file_name,
@@ -156,21 +156,21 @@ class _ModelSource:
 
     def __init__(self, files: Mapping[RankKey, ShardFile]) -> None:
         self._files = files
-        self._mapped = MappedFiles()
         self._open: dict[tuple[int, int, str], torch.Tensor] = {}
 
     def tensor(self, piece: Piece) -> torch.Tensor:
         at = piece.pp_rank, piece.tp_rank, piece.key
         if at not in self._open:
-            self._open[at] = self._files[at[:2]].tensor(piece.key, self._mapped)
+            self._open[at] = self._files[at[:2]].tensor(piece.key)
         return self._open[at]
 
     def where(self, piece: Piece) -> str:
         return str(self._files[piece.pp_rank, piece.tp_rank].path)
 
-    def let_go(self, count: int) -> None:
+    def let_go(self) -> None:
+        for tensor in self._open.values():
+            give_back(tensor)
         self._open.clear()
-        self._mapped.let_go(count)
 
 
 def _find_shards(folder: Path) -> tuple[Path, str | None]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from finetune_trainer.errors import CorruptArtifact
+from finetune_trainer.json_files import is_count
 from finetune_trainer.neuron_checkpoints import NeuronCheckpoint, complete_ranks
 from finetune_trainer.neuron_layout import (
     ParameterLayout,
@@ -32,9 +33,9 @@ from finetune_trainer.neuron_layout import (
     stored_key,
 )
 from finetune_trainer.neuron_shard_files import (
-    MappedFiles,
     TensorReference,
     as_tensor,
+    give_back,
     has_own_files,
     load_file,
     read_referred,
@@ -94,10 +95,9 @@ def open_optimizer(checkpoint: NeuronCheckpoint, names: Sequence[Sequence[str]])
     keys = _keys(checkpoint, names)
     shares: dict[tuple[str, RankKey], dict[str, _Shares]] = {}
     steps: dict[str, float] = {}
-    mapped = MappedFiles()
     for pp_rank, of_rank in enumerate(keys):
         for tp_rank in range(checkpoint.tp_size):
-            files = [_OptimizerFile(paths[dp_rank, tp_rank, pp_rank], mapped) for dp_rank in range(dp_size)]
+            files = [_OptimizerFile(paths[dp_rank, tp_rank, pp_rank]) for dp_rank in range(dp_size)]
             for file in files:
                 file.check_count(len(of_rank))
             for number, key in enumerate(of_rank):
@@ -121,9 +121,12 @@ class _Shares:
         return str(self.parts[0][0].path)
 
     def whole(self) -> torch.Tensor:
-        tensors = [file.tensor(number, kind) for file, number, kind in self.parts]
-        joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        return joined[: self.facts.shape[0]] if self.facts.shape else joined
+        """A copy in memory."""
+        mapped = [file.tensor(number, kind) for file, number, kind in self.parts]
+        whole = torch.cat(mapped)[: self.facts.shape[0]] if self.facts.shape else mapped[0].clone()
+        for part in mapped:
+            give_back(part)
+        return whole
 
 
 class _ShareSource:
@@ -145,20 +148,15 @@ class _ShareSource:
     def where(self, piece: Piece) -> str:
         return self._find(piece).where
 
-    def let_go(self, count: int) -> None:
+    def let_go(self) -> None:
         self._open.clear()
-        for shares in self._shares.values():
-            for each in shares.values():
-                each.parts[0][0].let_go(count)
-                return
 
 
 class _OptimizerFile:
     """One rank's optimizer file."""
 
-    def __init__(self, path: Path, mapped: MappedFiles) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._mapped = mapped
         value = load_file(path)
         if not isinstance(value, dict):
             raise CorruptArtifact(f"{path} is no state of an optimizer")
@@ -166,19 +164,14 @@ class _OptimizerFile:
         for name in (self._state_key, _MASTERS, _SHAPES):
             if not isinstance(value.get(name, {}), dict):
                 raise CorruptArtifact(f"{path} is no state of an optimizer: {name} is {type(value[name]).__name__}")
-        self._shapes: Mapping[Any, Any] = value.get(_SHAPES, {})
+        self._value: dict[str, Any] = value
         self._own: Mapping[int, TensorFacts] | None = None
         if has_own_files(path):
-            numbers = {reference_number(leaf, path) for leaf in references(value)}
-            self._own = referred_facts(path, numbers)
-            self._index: dict[str, Any] | None = value
-        else:
-            # Tensors are in the file itself: it is not kept mapped.
-            self._index = None
+            self._own = referred_facts(path, {reference_number(leaf, path) for leaf in references(value)})
 
     def check_count(self, count: int) -> None:
         """CorruptArtifact unless the file has the state of parameters 0 to `count` - 1."""
-        numbers = set(self._value().get(self._state_key, {}))
+        numbers = set(self._value.get(self._state_key, {}))
         if numbers != set(range(count)):
             raise CorruptArtifact(
                 f"{self.path} has the state of {len(numbers)} parameters, and there are names of {count}: the names "
@@ -187,18 +180,20 @@ class _OptimizerFile:
 
     def kinds(self, number: int) -> list[str]:
         """Which tensors there are of a parameter."""
-        state = self._value()[self._state_key][number]
+        state = self._value[self._state_key][number]
         found = [kind for kind in (FIRST_MOMENT, SECOND_MOMENT) if isinstance(state, dict) and kind in state]
-        return [*found, *([MASTER] if number in self._value().get(_MASTERS, {}) else [])]
+        return [*found, *([MASTER] if number in self._value.get(_MASTERS, {}) else [])]
 
     def shape(self, number: int) -> Shape | None:
         """The whole shape of a parameter on its tensor parallel rank, where the file tells it."""
-        shape = self._shapes.get(number)
-        return None if shape is None else tuple(map(int, shape))
+        shape = self._value.get(_SHAPES, {}).get(number)
+        if shape is not None and not (isinstance(shape, (list, tuple)) and all(map(is_count, shape))):
+            raise CorruptArtifact(f"{self.path}: {_SHAPES} of parameter {number} is {shape!r}")
+        return None if shape is None else tuple(shape)
 
     def step(self, number: int) -> float:
         """How many updates a parameter had."""
-        state = self._value()[self._state_key][number]
+        state = self._value[self._state_key][number]
         leaf = state.get(_STEP, 0) if isinstance(state, dict) else 0
         return float(self._tensor(leaf) if isinstance(leaf, (TensorReference, torch.Tensor)) else leaf)
 
@@ -213,9 +208,6 @@ class _OptimizerFile:
         """This rank's share, mapped."""
         return self._tensor(self._leaf(number, kind))
 
-    def let_go(self, count: int) -> None:
-        self._mapped.let_go(count)
-
     def _tensor(self, leaf: Any) -> torch.Tensor:
         if self._own is None:
             return as_tensor(leaf, self.path)
@@ -223,17 +215,14 @@ class _OptimizerFile:
         return read_referred(self.path, number, self._own[number])
 
     def _leaf(self, number: int, kind: str) -> Any:
-        value = self._value()
         try:
-            return value[_MASTERS][number] if kind == MASTER else value[self._state_key][number][kind]
+            if kind == MASTER:
+                return self._value[_MASTERS][number]
+            return self._value[self._state_key][number][kind]
         except (KeyError, TypeError) as error:
             raise CorruptArtifact(
                 f"{self.path} has no {kind} of parameter {number}, other ranks' files have"
             ) from error
-
-    def _value(self) -> dict[str, Any]:
-        value: dict[str, Any] = self._mapped.load(self.path) if self._index is None else self._index
-        return value
 
 
 def _join(files: Sequence[_OptimizerFile], number: int, kind: str) -> _Shares:

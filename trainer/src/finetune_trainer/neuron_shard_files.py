@@ -3,12 +3,14 @@
 neuron_checkpoints.py and neuron_optimizer.py call this. Files are read with weights_only, and the only class that is
 allowed beside torch's own is a stand-in for the reference to a tensor with a file of its own: the vendor calls that
 format xser, `X.pt` with references, `X.pt.info.pt` with types and shapes, `X.pt.tensors/tensor_<number>.pt`. Files are
-mapped and not loaded, so nothing of a model's size is held here.
+mapped and not loaded, and give back what was read of them, so nothing of a model's size is resident.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import re
 import zipfile
 import zlib
@@ -34,7 +36,6 @@ _SHARD = re.compile(r"dp_rank_(?P<dp>\d{2,4})_tp_rank_(?P<tp>\d{2,4})_pp_rank_(?
 _TENSOR = re.compile(r"tensor_(?P<number>\d{1,9})\.pt")
 _INFO, _TENSORS = ".info.pt", ".tensors"
 _REFERENCE = "torch_xla.utils.serialization.TensorReference"
-_MAPPED_BYTES = 256 << 20
 _UNSAFE = re.compile(r"(unsupported (global|class)|trying to call reduce|can only (build|create)).*", re.IGNORECASE)
 """What torch says of a pickle that names classes or functions which weights_only does not let through."""
 
@@ -48,40 +49,20 @@ class TensorReference:
     tid: int
 
 
-class MappedFiles:
-    """Whole files that stay mapped until MAPPED_BYTES were read of them: all of them would keep a model resident."""
-
-    def __init__(self) -> None:
-        self._values: dict[Path, Any] = {}
-        self._read = 0
-
-    def load(self, path: Path) -> Any:
-        """What is in the file; see load_file."""
-        if path not in self._values:
-            self._values[path] = load_file(path)
-        return self._values[path]
-
-    def let_go(self, count: int) -> None:
-        """Note that `count` more bytes were read and are not needed any more."""
-        self._read += count
-        if self._read >= _MAPPED_BYTES:
-            self._values.clear()
-            self._read = 0
-
-
 @dataclass(frozen=True)
 class ShardFile:
-    """One rank's file of tensors by name: their types and shapes; `numbers` where each has a file of its own."""
+    """One rank's file of tensors by name: types and shapes, and the tensors, mapped, or the numbers of their own files."""
 
     path: Path
     facts: Mapping[str, TensorFacts]
-    numbers: Mapping[str, int] | None
+    mapped: Mapping[str, torch.Tensor]
+    numbers: Mapping[str, int]
 
-    def tensor(self, key: str, mapped: MappedFiles) -> torch.Tensor:
+    def tensor(self, key: str) -> torch.Tensor:
         """The tensor `key`, mapped. CorruptArtifact when its own file is damaged or another tensor's."""
-        if self.numbers is None:
-            return as_tensor(mapped.load(self.path)[key], self.path)
-        return read_referred(self.path, self.numbers[key], self.facts[key])
+        if key in self.numbers:
+            return read_referred(self.path, self.numbers[key], self.facts[key])
+        return self.mapped[key]
 
 
 def open_shard_file(path: Path) -> ShardFile:
@@ -90,10 +71,11 @@ def open_shard_file(path: Path) -> ShardFile:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise CorruptArtifact(f"{path} holds no tensors by name")
     if not has_own_files(path):
-        return ShardFile(path, {key: tensor_facts(as_tensor(leaf, path), path) for key, leaf in value.items()}, None)
+        mapped = {key: as_tensor(leaf, path) for key, leaf in value.items()}
+        return ShardFile(path, {key: tensor_facts(tensor, path) for key, tensor in mapped.items()}, mapped, {})
     numbers = {key: reference_number(leaf, path) for key, leaf in value.items()}
     facts = referred_facts(path, set(numbers.values()))
-    return ShardFile(path, {key: facts[number] for key, number in numbers.items()}, numbers)
+    return ShardFile(path, {key: facts[number] for key, number in numbers.items()}, {}, numbers)
 
 
 def scan_ranks(folder: Path) -> dict[Rank, Path]:
@@ -238,6 +220,18 @@ def as_tensor(value: Any, path: Path) -> torch.Tensor:
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         raise CorruptArtifact(f"{path} holds {type(value).__name__} where a dense tensor is expected")
     return value.detach()
+
+
+def give_back(mapped: torch.Tensor) -> None:
+    """Give back the memory that reading a mapped tensor took; what is read again comes from the file again.
+
+    Only for tensors that load_file gave: the pages of any other would be lost.
+    """
+    start = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (mapped.data_ptr() + mapped.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if end > start and madvise is not None and mapped.is_contiguous():
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def tensor_facts(tensor: torch.Tensor, path: Path) -> TensorFacts:

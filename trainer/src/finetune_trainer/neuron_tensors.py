@@ -30,8 +30,8 @@ class TensorSource(Protocol):
     def where(self, piece: Piece) -> str:
         """Its file, for messages."""
 
-    def let_go(self, count: int) -> None:
-        """A tensor of `count` bytes was read and is not needed any more."""
+    def let_go(self) -> None:
+        """What was read is not needed any more."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class NeuronTensor:
                 yield from _blocks([_piece_bytes(self.source, piece)])
         else:
             yield from _blocks([_piece_bytes(self.source, piece) for piece in self.plan.pieces])
-        self.source.let_go(self.plan.nbytes)
+        self.source.let_go()
 
     def _diverging(self, copy: Copy, row: int) -> UserError:
         first, other = copy.first, copy.other
