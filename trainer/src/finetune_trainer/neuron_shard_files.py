@@ -51,7 +51,7 @@ class TensorReference:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One rank's file of tensors by name: types and shapes, and the tensors, mapped, or the numbers of their own files."""
+    """One rank's file of tensors by name: types and shapes, and the tensors, mapped, or their own files' numbers."""
 
     path: Path
     facts: Mapping[str, TensorFacts]
