@@ -83,8 +83,8 @@ class NeuronTensor:
             f"{self.name!r} is not the same on tensor parallel ranks {first.tp_rank} and {other.tp_rank}{stages} (row "
             f"{row} of their copies in {self.source.where(first)} and {self.source.where(other)}): the ranks trained "
             "apart and none of them has the model. The vendor's code does that to keys and values on trn2 where there "
-            "are more tensor parallel ranks than KV heads, and to norms and LoRA's A in bf16 without sequence "
-            "parallelism: train again without these",
+            "are more tensor parallel ranks than KV heads, to norms and LoRA's A in bf16 without sequence parallelism, "
+            "and to Qwen3's norms of queries and keys: train again without these",
         )
 
 
