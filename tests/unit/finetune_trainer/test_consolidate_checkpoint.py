@@ -140,6 +140,23 @@ def test_another_base_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert "NoSuchFolder" in capsys.readouterr().err
 
 
+def test_a_model_gets_from_the_base_what_the_checkpoint_lacks(
+    tmp_path: Path, tiny_model: Path, adapter_artifacts: ModuleType
+) -> None:
+    config = json.loads((tiny_model / "config.json").read_text())
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in whole_shapes(config).items()}
+    write_checkpoint(tmp_path / "checkpoint-5", tensors, config, tp=2)
+    base = adapter_artifacts.copy_artifact(tiny_model, tmp_path / "base", "model")
+    (base / "LICENSE").write_text("free")
+    assert main([str(tmp_path / "checkpoint-5"), str(tmp_path / "out"), "--base", str(base)]) == ExitCode.SUCCESS
+    files = {entry.path for entry in read_manifest(tmp_path / "out").files}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "LICENSE"} <= files
+    # Of the dtype that was trained, whatever the base's.
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    found = load_all(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
 @pytest.mark.parametrize("whose", ["the checkpoint's", "the base's"])
 def test_the_tokenizer_comes_along_from_one_folder(tmp_path: Path, tiny_tokenizer: Path, whose: str) -> None:
     checkpoint, base = tmp_path / "checkpoint-3", tmp_path / "base"

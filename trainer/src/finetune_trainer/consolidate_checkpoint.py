@@ -25,7 +25,7 @@ from finetune_trainer.consolidation import (
     write_adapter,
     write_model,
 )
-from finetune_trainer.contract import CONSOLIDATE
+from finetune_trainer.contract import CONSOLIDATE, MANIFEST_NAME
 from finetune_trainer.errors import UserError
 from finetune_trainer.merging import parse_bytes
 from finetune_trainer.model_files import CONFIG_NAME, is_companion_file, read_model_config, read_model_files
@@ -145,7 +145,8 @@ def _tokenizer(checkpoint: NeuronCheckpoint, base: Path | None) -> list[Path]:
 def _companions(base: Path | None) -> Iterator[Path]:
     """What else the base model has beside its weights: licence, code."""
     for path in sorted(base.iterdir()) if base is not None else []:
-        if path.is_file() and is_companion_file(path.name) and not is_tokenizer_file(path.name):
+        is_companion = is_companion_file(path.name) and path.name != MANIFEST_NAME
+        if path.is_file() and is_companion and not is_tokenizer_file(path.name):
             yield path
 
 

@@ -80,7 +80,7 @@ class NeuronCheckpoint:
 def open_neuron_checkpoint(folder: Path, *, contents: bool = False, first_copies: bool = False) -> NeuronCheckpoint:
     """The checkpoint in `folder`: a checkpoint-N or step-N folder, one with adapter_shards/ or shards/, or that itself.
 
-    With `contents` every file's own checksums are compared with its bytes; leave it off where a manifest's sha256 was
+    With `contents` the model's files are held against their own checksums; leave it off where a manifest's sha256 was
     verified before. A tensor whose copies differ cannot be read, or with `first_copies` is noted in `apart` and the
     first is taken, as the vendor's own consolidation does.
 
@@ -96,7 +96,7 @@ def open_neuron_checkpoint(folder: Path, *, contents: bool = False, first_copies
     stages = _read_stages(shards, adapter)
     paths = complete_ranks(shards / "model", scan_ranks(shards / "model"), stages, dp_size=1)
     if contents:
-        check_contents(shards)
+        check_contents(shards / "model")
     files = {(pp_rank, tp_rank): open_shard_file(path) for (_, tp_rank, pp_rank), path in paths.items()}
     held = {rank: file.facts for rank, file in files.items()}
     plans = plan_tensors(stages, held, tied=adapter is None and _is_tied(shards.parent))
