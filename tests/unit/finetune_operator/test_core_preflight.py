@@ -165,6 +165,15 @@ def test_several_trainium_nodes_without_efa_cannot_train_together() -> None:
     assert problems(trainium(tp=2, instance=small), None, small) == problems(trainium(nodes=2), None, TRN1) == {}
 
 
+def test_layers_that_are_split_over_nodes_are_a_doubt() -> None:
+    shape = BUILT_IN_SHAPES["meta-llama/meta-llama-3-70b"]
+    job = trainium(tp=64, nodes=2, method=ON_OUTPUT, dataset={"maxLength": 512})
+    assert problems(job, shape, TRN1) == {}
+    (doubt,) = doubts(job, shape, TRN1)
+    assert "tensorParallelSize 64 is more than the 32 NeuronCores of ml.trn1.32xlarge" in doubt
+    assert doubts(trainium(tp=32, nodes=2, method=ON_OUTPUT), LLAMA_8B, TRN1) == ()
+
+
 def test_more_than_a_neuroncore_has_is_refused_with_the_parts() -> None:
     full = {"type": "full", "lora": None}
     message = problems(trainium(tp=8, method=full), BUILT_IN_SHAPES["meta-llama/meta-llama-3-70b"], TRN1)

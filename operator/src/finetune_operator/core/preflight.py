@@ -84,17 +84,35 @@ def spec_doubts(
     pod_memory_bytes: int | None = None,
 ) -> tuple[str, ...]:
     """What may go wrong but is no more than an estimate: sentences for the message of a job that is not refused."""
+    return tuple(_doubts(job, parallelism, shape, instance, pod_memory_bytes))
+
+
+def _doubts(
+    job: FineTuneJob,
+    parallelism: Parallelism,
+    shape: ModelShape | None,
+    instance: InstanceType | None,
+    pod_memory_bytes: int | None,
+) -> Iterator[str]:
+    tp = parallelism.tp_size
+    if instance is not None and job.spec.accelerator.type == "neuron" and tp > instance.cores:
+        yield (
+            f"tensorParallelSize {tp} is more than the {instance.cores} NeuronCores of {instance.name}: every layer of "
+            "the model then waits for the network, and nothing is known of how the vendor's stack fares with it; a "
+            f"tensorParallelSize of at most {instance.cores} with parallelism.pipelineParallelSize keeps layers on a "
+            "node."
+        )
     if shape is None:
-        return ("The model's sizes are not known yet: heads, layers and memory are checked after prepare.",)
+        yield "The model's sizes are not known yet: heads, layers and memory are checked after prepare."
+        return
     room = _room(job, parallelism, instance, pod_memory_bytes)
     estimate = estimate_memory(job.spec, parallelism, shape)
-    if room is None or estimate.least > room.bytes or estimate.total <= room.bytes:
-        return ()
-    return (
-        f"The training may need {_gib(estimate.total)} on {room.where}, {_gib(room.bytes)} are there "
-        f"({_parts(estimate)}). If it ends with {Reason.OUT_OF_DEVICE_MEMORY} or {Reason.OUT_OF_HOST_MEMORY}, lower "
-        "training.microBatchSize or dataset.maxLength.",
-    )
+    if room is not None and estimate.least <= room.bytes < estimate.total:
+        yield (
+            f"The training may need {_gib(estimate.total)} on {room.where}, {_gib(room.bytes)} are there "
+            f"({_parts(estimate)}). If it ends with {Reason.OUT_OF_DEVICE_MEMORY} or {Reason.OUT_OF_HOST_MEMORY}, "
+            "lower training.microBatchSize or dataset.maxLength."
+        )
 
 
 def _spec_problems(
