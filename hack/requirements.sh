@@ -16,6 +16,7 @@ lock trainer 3.10
 lock python310 3.10 -c trainer.txt
 lock dev 3.11 -c trainer.txt
 lock operator 3.11 -c dev.txt
+lock client 3.11 -c dev.txt
 lock bench 3.11 -c dev.txt
 # A Neuron base image has all that these need, and its versions stay: only what is named is pinned. That it fits together at
 # all is asked of the resolver first, with the trainer's own pins.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with everything a checkout needs (requirements/dev.txt, hashes checked) and both distributions installed
+# Makes .venv with everything a checkout needs (requirements/dev.txt, hashes checked) and all distributions installed
 # editable. Called by `make setup`; does nothing when .venv already holds the pinned set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,7 +19,7 @@ if [ -z "$python" ]; then
   exit 1
 fi
 
-key=$({ cat requirements/dev.txt operator/pyproject.toml trainer/pyproject.toml; "$python" -V; pwd; } | sha256sum | cut -d' ' -f1)
+key=$({ cat requirements/dev.txt operator/pyproject.toml trainer/pyproject.toml client/pyproject.toml; "$python" -V; pwd; } | sha256sum | cut -d' ' -f1)
 if [ "$(cat $venv/.setup-key 2>/dev/null)" = "$key" ]; then
   exit 0
 fi
@@ -41,5 +41,5 @@ $venv/bin/python -m pip install --quiet --disable-pip-version-check --require-ha
 # Bytecode now: importing torch and transformers without takes 10 s in every process where none may be written later.
 # Hard links from uv's cache where it is on the same file system, copies where it is not.
 $venv/bin/uv pip install "${quiet[@]}" --python $venv/bin/python --compile-bytecode --require-hashes -r requirements/dev.txt
-$venv/bin/uv pip install "${quiet[@]}" --python $venv/bin/python --no-deps --no-build-isolation -e trainer -e operator
+$venv/bin/uv pip install "${quiet[@]}" --python $venv/bin/python --no-deps --no-build-isolation -e trainer -e operator -e client
 echo "$key" > $venv/.setup-key

@@ -95,7 +95,7 @@ def test_every_alert_is_explained_and_no_other() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", part("## Alerts"), re.MULTILINE)) == alerts()
 
 
-@pytest.mark.parametrize("name", ["operator", "trainer", "neuron", "dev", "python310"])
+@pytest.mark.parametrize("name", ["operator", "trainer", "client", "neuron", "dev", "python310"])
 def test_every_dependency_has_its_reason(name: str) -> None:
     lines = (ROOT / "requirements" / f"{name}.in").read_text(encoding="utf-8").splitlines()
     named = {re.split(r"[=<>\[ ]", line)[0] for line in lines if line and not line.startswith(("#", "-r"))}
@@ -105,7 +105,7 @@ def test_every_dependency_has_its_reason(name: str) -> None:
 
 DOCUMENTS = [
     path
-    for pattern in ("*.md", "docs/**/*.md", "charts/*/*.md", "hack/*/*.md", "operator/*.md", "trainer/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "charts/*/*.md", "hack/*/*.md", "operator/*.md", "trainer/*.md", "client/*.md")
     for path in sorted(ROOT.glob(pattern))
 ]
 
