@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,15 +19,16 @@ from finetune_operator.core.accelerators.instances import BUILT_IN, requestable_
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = ROOT / "hack" / "trainium-check.sh"
 
-STAND_IN = """#!{python}
+STAND_IN = """#!{python} -SE
 # Answers as the file beside it says: the first entry whose words are all in the command line; else python3 is itself.
-import json, os, pathlib, sys
-here, line = pathlib.Path(__file__), " ".join(sys.argv[1:])
-for words, answer in json.loads(here.with_name("answers.json").read_text())[here.name]:
+import json, os, sys
+folder, name = os.path.split(__file__)
+line = " ".join(sys.argv[1:])
+for words, answer in json.load(open(os.path.join(folder, "answers.json")))[name]:
     if all(word in line for word in words):
         print(answer)
         sys.exit(0)
-if here.name == "python3":
+if name == "python3":
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 sys.exit(1)
 """
@@ -92,17 +94,19 @@ ANSWERS: Answers = {
 }
 
 
-def run(tmp_path: Path, section: str, answers: Mapping[str, object], *more: str) -> subprocess.CompletedProcess[str]:
-    """The program with these stand-ins first on PATH."""
+def run(
+    tmp_path: Path, section: str, answers: Mapping[str, object], *more: str, path: str = os.environ["PATH"]
+) -> subprocess.CompletedProcess[str]:
+    """The program with these stand-ins before `path`."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "answers.json").write_text(json.dumps(answers))
     for name in answers:
-        path = tools / name
-        path.write_text(STAND_IN.replace("{python}", sys.executable))
-        path.chmod(0o755)
-    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(tmp_path)}
-    command = ["bash", str(PROGRAM), section, *more]
+        program = tools / name
+        program.write_text(STAND_IN.replace("{python}", sys.executable))
+        program.chmod(0o755)
+    environment = {"PATH": f"{tools}:{path}", "HOME": str(tmp_path)}
+    command = [shutil.which("bash") or "/bin/bash", str(PROGRAM), section, *more]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
 
 
@@ -115,59 +119,76 @@ OTHER_PLACE = {"N19"}
 """Its answer is a path of the image, which a stand-in cannot have."""
 
 
-@pytest.mark.parametrize(("section", "rows"), [("cluster", 19), ("node", 21), ("training", 6)])
-def test_a_machine_that_is_as_expected_passes_every_row(tmp_path: Path, section: str, rows: int) -> None:
-    done = run(tmp_path, section, ANSWERS, *([str(tmp_path / "scratch")] if section == "training" else []))
+Finished = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module", params=["cluster", "node", "training"])
+def as_expected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Finished]:
+    """(section, folder, run) of each section on a machine where everything is as it is claimed to be."""
+    section: str = request.param
+    folder = tmp_path_factory.mktemp(section)
+    return section, folder, run(folder, section, ANSWERS, *([str(folder / "scratch")] if section == "training" else []))
+
+
+def test_a_machine_that_is_as_expected_passes_every_row(as_expected: tuple[str, Path, Finished]) -> None:
+    section, _, done = as_expected
     found = verdicts(done.stdout)
-    assert len(found) == rows, done.stdout
+    assert len(found) == {"cluster": 19, "node": 21, "training": 6}[section], done.stdout
     different = {row: verdict for row, verdict in found.items() if verdict != "ok"}
     assert different == dict.fromkeys(found.keys() & OTHER_PLACE, "NOT"), done.stdout
     assert done.returncode == (1 if found.keys() & OTHER_PLACE else 0)
 
 
+def test_only_training_writes_and_only_where_it_is_told_to(as_expected: tuple[str, Path, Finished]) -> None:
+    section, folder, _ = as_expected
+    assert {path.name for path in folder.iterdir()} == {"tools"} | ({"scratch"} if section == "training" else set())
+
+
+def test_nothing_of_the_cluster_is_changed() -> None:
+    code = [line for line in PROGRAM.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
+    verbs = re.findall(r"[\"$(|]kubectl (?!\")([a-z-]+)", "\n".join(code))
+    assert set(verbs) == {"get", "version", "api-versions"}
+
+
+def changed(**first: list[tuple[list[str], str]]) -> Answers:
+    """ANSWERS with these before a program's own."""
+    return {**ANSWERS, **{name: [*answers, *ANSWERS[name]] for name, answers in first.items()}}
+
+
 @pytest.mark.parametrize(
-    ("section", "program", "answer", "row", "words"),
+    ("section", "answers", "lines"),
     [
         pytest.param(
-            "node", "neuron-ls", (["--json-output"], json.dumps(DEVICES[:1])), "N5", "| `=32` | 2 |",
-            id="one device of 16",
+            "node",
+            changed(
+                **{"fi_info": [(["-p efa"], "provider: efa")], "neuron-ls": [(["--json"], json.dumps(DEVICES[:1]))]}
+            ),
+            {"N5": "| `=32` | 2 |", "N8": "| `>=8` | 1 |"},
+            id="one device of 16 and one interface of 8",
         ),
-        pytest.param("node", "fi_info", (["-p efa"], "provider: efa"), "N8", "| `>=8` | 1 |", id="one interface of 8"),
         pytest.param(
-            "cluster", "kubectl", (["com/neuron}"], ""), "K6", "| `=16` | nothing |", id="devices under the other name"
-        ),
-        pytest.param(
-            "cluster", "kubectl", (["taints"], "aws.amazon.com/neuron sagemaker.amazonaws.com/RestrictedNode"), "K12",
-            "| `=` | sagemaker.amazonaws.com/RestrictedNode |", id="a taint that pods do not tolerate",
+            "cluster",
+            changed(kubectl=[(["com/neuron}"], ""), (["taints"], "aws.amazon.com/neuron example.com/ours")]),
+            {"K6": "| `=16` | nothing |", "K12": "| `=` | example.com/ours |"},
+            id="devices under the other name only and a taint that pods do not tolerate",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_differs_is_shown_beside_what_was_expected(
-    tmp_path: Path, section: str, program: str, answer: tuple[list[str], str], row: str, words: str
+    tmp_path: Path, section: str, answers: Answers, lines: dict[str, str]
 ) -> None:
-    done = run(tmp_path, section, {**ANSWERS, program: [answer, *ANSWERS[program]]})
+    done = run(tmp_path, section, answers)
     assert done.returncode == 1
-    assert verdicts(done.stdout)[row] == "NOT"
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"| NOT | {row} |")]
-    assert words in line
+    shown = {line.split(" | ")[1]: line for line in done.stdout.splitlines() if line.startswith("| NOT |")}
+    assert shown.keys() - OTHER_PLACE == lines.keys()
+    assert all(words in shown[row] for row, words in lines.items())
 
 
 def test_what_cannot_be_asked_is_no_difference(tmp_path: Path) -> None:
-    without = {name: answers for name, answers in ANSWERS.items() if name != "fi_info"}
-    done = run(tmp_path, "node", without)
-    assert verdicts(done.stdout)["N8"] == "-"
-    assert "fi_info is not here" in done.stdout
-
-
-@pytest.mark.parametrize("section", ["cluster", "node"])
-def test_nothing_is_written_where_nothing_is_asked_to_be(tmp_path: Path, section: str) -> None:
-    run(tmp_path, section, ANSWERS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tools"]
-    text = PROGRAM.read_text(encoding="utf-8")
-    body = text.split(f"check_{section}() {{")[1].split("\n}\n")[0]
-    assert re.findall(r"kubectl (\w+)", body.replace("row K", "")) == [] or set(
-        re.findall(r"kubectl (get|version|api-versions|apply|delete|label|patch|create|edit)\b", body)
-    ) <= {"get", "version", "api-versions"}
+    done = run(tmp_path, "node", {}, path="/nowhere")
+    assert set(verdicts(done.stdout).values()) == {"-"}
+    assert "neuron-ls is not here" in done.stdout
+    assert done.returncode == 2
 
 
 def test_an_unknown_section_says_what_there_is(tmp_path: Path) -> None:
