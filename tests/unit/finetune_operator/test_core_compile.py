@@ -15,6 +15,7 @@ from finetune_operator.api.finetunejob import FineTuneJob
 from finetune_operator.core.figures import Progress
 from finetune_operator.core.settings import Settings
 from finetune_operator.core.stages import hang_limit
+from finetune_trainer.contract import ExitCode
 
 NEURON: dict[str, Any] = {
     "accelerator": {"type": "neuron", "instanceType": "ml.trn1.32xlarge", "nodes": 2},
@@ -136,6 +137,15 @@ def test_graphs_are_counted_in_the_message(step: int, total: int, words: str) ->
     assert status.message.endswith(f"runs on 2 pods. {words}")
     quiet = simulated.settle(seconds=40_000)
     assert quiet.phase == "Compiling", "one graph may take longer than any step"
+
+
+def test_graphs_that_a_failed_compilation_has_posted_are_no_lost_steps() -> None:
+    simulated = simulation()
+    walk(simulated, "prepare")
+    simulated.progress = Progress("compile", 1, 3, 4, phase="compiling", advanced_at=simulated.now)
+    simulated.fail_stage("compile", ExitCode.USER_ERROR)
+    (attempt,) = simulated.settle().attempts
+    assert (attempt.stage, attempt.reason, attempt.lost_steps) == ("compile", "UserError", None)
 
 
 def test_only_its_own_limit_says_that_compile_hangs() -> None:

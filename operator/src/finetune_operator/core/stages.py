@@ -83,7 +83,8 @@ class Pipeline:
     """Every stage in order. `deadline_passed` stops what runs.
 
     `placement` is where the pods of an attempt that begins may run, `progress` what the attempt under way last posted,
-    `queue` how Kueue has the job (None without spec.queue), and `outcomes` has every attempt's end as far as it is known.
+    `queue` how Kueue has the job (None without spec.queue), and `outcomes` has every attempt's end as far as it is
+    known.
     """
 
     stages: tuple[StagePlan, ...]
@@ -288,8 +289,12 @@ def _outcomes(
 
 
 def _with_steps(outcome: Outcome, attempt: Attempt, progress: Progress | None) -> Outcome:
-    """The outcome with how far the attempt came: one that is being stopped may still write a checkpoint and post it."""
-    if progress is None or not _is_posted_by(progress, attempt) or outcome.result not in (Result.RETRY, Result.FAIL):
+    """The outcome with how far the attempt came: one that is being stopped may still write a checkpoint and post it.
+
+    Of train only: what compile posts as steps are graphs, and those that are compiled stay in the cache.
+    """
+    is_lost = attempt.stage == contract.TRAIN and outcome.result in (Result.RETRY, Result.FAIL)
+    if not is_lost or progress is None or not _is_posted_by(progress, attempt):
         return outcome
     step = progress.step if outcome.step is None else max(outcome.step, progress.step)
     checkpoint = outcome.checkpoint_step if progress.checkpoint_step is None else progress.checkpoint_step
