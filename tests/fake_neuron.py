@@ -196,6 +196,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
     state = {
         "initialize_model_parallel": lambda **sizes: calls.add("initialize_model_parallel", **sizes),
         "get_tensor_model_parallel_rank": lambda: 0,
+        "get_tensor_model_parallel_group": lambda: None,
         "get_pipeline_model_parallel_rank": lambda: 0,
         "get_data_parallel_rank": lambda: 0,
         "get_data_parallel_size": lambda: 1,
@@ -233,9 +234,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
         for key, value in values.items():
             setattr(module, key, value)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(
-        sys.modules["neuronx_distributed.parallel_layers"], "parallel_state", SimpleNamespace(**state), raising=False
-    )
+    groups: Any = sys.modules["neuronx_distributed.parallel_layers"]
+    groups.parallel_state, groups.layers = SimpleNamespace(**state), SimpleNamespace()
     monkeypatch.setattr(neuron, "check_vendor", lambda: calls.add("check_vendor"))
     return calls
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +31,11 @@ from finetune_trainer.backends.neuron_model import (
     additive_mask,
     count_copies,
     draw_a,
+    is_partial,
     norm_counting_copies_once,
     pad_batches,
     parameter_facts,
+    reduce_input_gradient,
     shifted_labels,
     start_adapter,
 )
@@ -448,6 +451,48 @@ def test_replicated_k_and_v_are_counted_once_in_the_norm() -> None:
     assert found == shards
     assert float(norm) == pytest.approx(math.sqrt(9 + 16 / 2))
     assert asked == [{"norm_type": 2.0, "zero1_optimizer": True, "zero1_optimizer_groups": [[0, 1]]}] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_summed_input_gradient_of_a_column_parallel_layer_is_not_lost_where_it_is_summed_in_float32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Work:
+        def wait(self) -> None:
+            asked[-1].add_(1.0)  # what the other rank has
+
+    def all_reduce(tensor: torch.Tensor, *, group: Any, async_op: bool) -> Work:
+        assert (group, async_op) == ("tensor parallel", True)
+        asked.append(tensor)
+        return Work()
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    context = SimpleNamespace(async_grad_allreduce=True, reduce_dtype=torch.float32, process_group="tensor parallel")
+    gradient = torch.full((2, 2), 2.0, dtype=dtype)
+    work = reduce_input_gradient(context, gradient, dtype)
+    assert asked[0].dtype == torch.float32
+    work.wait()
+    assert gradient.tolist() == [[3.0, 3.0], [3.0, 3.0]]
+    assert gradient.dtype == dtype
+    context.async_grad_allreduce = False
+    assert reduce_input_gradient(context, gradient, dtype) is None
+    assert len(asked) == 1
+
+
+def test_the_backend_puts_its_sum_of_input_gradients_in_the_vendors_place(
+    make_backend: Callable[..., NeuronBackend],
+) -> None:
+    make_backend()
+    layers = sys.modules["neuronx_distributed.parallel_layers"].layers
+    assert layers._linear_autograd_bwd_grad_reduce is reduce_input_gradient
+
+
+def test_norms_of_query_and_key_have_their_own_heads_gradient_only() -> None:
+    assert is_partial("model.layers.0.self_attn.q_norm.weight")
+    assert is_partial("model.layers.0.self_attn.k_norm.weight")
+    assert not is_partial("model.norm.weight")
 
 
 def test_copies_are_those_of_the_layers_own_k_and_v() -> None:

@@ -43,9 +43,11 @@ from finetune_trainer.backends.neuron_model import (
     additive_mask,
     count_copies,
     decays,
+    is_partial,
     norm_counting_copies_once,
     pad_batches,
     parameter_facts,
+    reduce_input_gradient,
     shifted_labels,
     start_adapter,
 )
@@ -99,10 +101,11 @@ class NeuronBackend(TorchRanks):
 
     def start(self) -> None:
         check_vendor()
-        from neuronx_distributed.parallel_layers import parallel_state
+        from neuronx_distributed.parallel_layers import layers, parallel_state
         from neuronx_distributed.trainer import neuronx_distributed_config
         from neuronx_distributed.utils import cpu_mode
 
+        layers._linear_autograd_bwd_grad_reduce = reduce_input_gradient  # with bf16 the vendor's loses its result
         self._on_host = cpu_mode()
         # Before there is a process group: afterwards it makes the groups of ranks once more.
         self._settings = neuronx_distributed_config(
@@ -130,6 +133,7 @@ class NeuronBackend(TorchRanks):
             group = dist.new_group(backend="gloo", timeout=WRITING_TIMEOUT)
         self._channel = ObjectChannel(self.rank, self.world_size, self._collective, "", group)
         self.writers = self._channel
+        self._tp_group = parallel_state.get_tensor_model_parallel_group()
         self._tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self._pp_rank = parallel_state.get_pipeline_model_parallel_rank()
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
@@ -221,6 +225,8 @@ class NeuronBackend(TorchRanks):
         if max_gradient_norm != self._plan.max_gradient_norm:
             raise ValueError(f"the optimizer was made to clip at {self._plan.max_gradient_norm}")
         with self._guard("the optimizer's step"):
+            for gradient in self._gradients(self._partial):
+                dist.all_reduce(gradient, group=self._tp_group)
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
             self._optimizer.step()
@@ -328,7 +334,12 @@ class NeuronBackend(TorchRanks):
             bias="none",
         )
         # Or else it would be float32 beside a bf16 model: its masters are the optimizer's.
+        narrow = model.dtype
         model = get_peft_model(model, adapter, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+        for parameter in model.parameters():
+            # The A of a layer with replicated K and V is left float32 beside a bf16 B, and its forward pass fails.
+            if parameter.requires_grad and parameter.dtype != narrow:
+                parameter.data = parameter.data.to(narrow)
         start_adapter(
             model,
             plan.seed,
@@ -375,6 +386,7 @@ class NeuronBackend(TorchRanks):
                 **optimizer_arguments(plan.max_gradient_norm),
             )
         self._trained = {name: trained[name] for name in order}
+        self._partial = [p for name, p in self._trained.items() if self._tp_size > 1 and is_partial(name)]
         counted = {id(trained[name]): count for name, count in copies.items() if name in trained}
         if counted:
             zero = self._optimizer.optimizer
@@ -451,14 +463,19 @@ class NeuronBackend(TorchRanks):
         with self._guard("a micro step"):
             self._seed(waiting[0][1])
             self._total = self._pipeline_loss(self._engine.run_train, [batch for batch, _ in waiting])
-            # The engine divides by the number of micro batches, the vendor's reduction by the data parallel ranks. With
-            # gradients accumulated in float32 those are in main_grad, and .grad is empty.
+            # The engine divides by the number of micro batches, the vendor's reduction by the data parallel ranks.
             factor = self._number(len(waiting) * self._scale * self.data_parallel_size)
-            for parameter in self._trained.values():
-                for gradient in (parameter.grad, getattr(parameter, "main_grad", None)):
-                    if gradient is not None:
-                        gradient.mul_(factor)
+            for gradient in self._gradients(self._trained.values()):
+                gradient.mul_(factor)
             self._mark_step()
+
+    @staticmethod
+    def _gradients(parameters: Iterable[torch.nn.Parameter]) -> Iterator[torch.Tensor]:
+        """Gradients before the optimizer's step: accumulated in float32 they are in main_grad, and .grad is empty."""
+        for parameter in parameters:
+            for gradient in (parameter.grad, getattr(parameter, "main_grad", None)):
+                if gradient is not None:
+                    yield gradient
 
     def _pipeline_loss(self, run: Callable[..., Any], group: Sequence[MicroBatch]) -> torch.Tensor:
         """One pass of micro batches through all stages; their summed loss in the last stage, 0 elsewhere."""

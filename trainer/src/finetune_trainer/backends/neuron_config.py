@@ -83,6 +83,11 @@ VENDOR_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "neuronx_distributed.optimizer.zero_redundancy_optimizer:NeuronZero1Optimizer._get_params_and_grad_norm": (
         "norm_type",
     ),
+    "neuronx_distributed.parallel_layers.layers:_linear_autograd_bwd_grad_reduce": (
+        "ctx",
+        "grad_input",
+        "original_dtype",
+    ),
     "neuronx_distributed.parallel_layers.grads:get_grad_norm": (
         "parameters",
         "norm_type",

@@ -61,6 +61,43 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
     return parameter.dim() > 1 and not name.endswith((".bias", ".bias_q", ".bias_k", ".bias_v"))
 
 
+def is_partial(name: str) -> bool:
+    """Whether each tensor parallel rank has only its own heads' part of the gradient of what all of them hold whole.
+
+    So it is with Qwen3's norms of query and key: one weight for all heads, of which a rank has some. The vendor neither
+    marks nor sums it, and the ranks' copies drift apart.
+    """
+    return name.endswith((".q_norm.weight", ".k_norm.weight"))
+
+
+@dataclass(frozen=True)
+class _Reduction:
+    """An all-reduce under way, of a copy in another dtype; what waits for it finds the sum in the original."""
+
+    work: Any
+    copy: torch.Tensor
+    original: torch.Tensor
+
+    def wait(self) -> None:
+        self.work.wait()
+        self.original.copy_(self.copy)
+
+
+def reduce_input_gradient(ctx: Any, grad_input: torch.Tensor, _original_dtype: torch.dtype) -> Any:
+    """In the place of the vendor's function: sum the gradient of a column parallel layer's input over the ranks.
+
+    The vendor's (neuronx-distributed 0.15 and all later ones) sums a copy in ctx.reduce_dtype, float32, and loses it:
+    with bf16 activations the gradient stays that of the rank's own columns, in every such layer, and training goes on
+    with wrong gradients and without a word. Sequence parallelism takes another way, which is why few have met it.
+    Returns what the vendor's callers wait for, None where nothing is to be summed.
+    """
+    if not ctx.async_grad_allreduce:
+        return None
+    wide = grad_input.to(ctx.reduce_dtype)
+    work = torch.distributed.all_reduce(wide, group=ctx.process_group, async_op=True)
+    return work if wide is grad_input else _Reduction(work, wide, grad_input)
+
+
 def start_adapter(model: Any, seed: int, tp_rank: int, tp_size: int, query_heads: QueryHeads) -> None:
     """Give every A of the adapter its start: the rank's part of one matrix that depends on seed and name alone.
 
