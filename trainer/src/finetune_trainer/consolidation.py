@@ -296,7 +296,8 @@ def _converted(tensor: ModelTensor, chunk: bytearray, dtype: str) -> bytearray |
         values = np.frombuffer(chunk, dtype="<f4")
     else:
         values = to_float32(chunk, dtype, (len(chunk) // ITEM_BYTES[dtype],))
-        round_in_place(values, tensor.dtype)
+        if dtype != tensor.dtype:
+            round_in_place(values, tensor.dtype)
     # The extremes are infinite, or no numbers, where any value is.
     if tensor.parameter is not None and len(values) and not np.isfinite((values.min(), values.max())).all():
         raise UserError(
