@@ -87,7 +87,7 @@ def made(folder: Path) -> Iterator[Account]:
         kube.apply({"apiVersion": "v1", "kind": "List", "items": list(manifests)})
         token = kube.kubectl("create", "token", name, "-n", namespace, f"--duration={TOKEN_LIFE}").strip()
         path.touch(mode=0o600)
-        path.write_text(json.dumps(_kubeconfig(token)))
+        path.write_text(json.dumps(kubeconfig_of(token)))
         # The authorizer hears of a new role a moment after it was written.
         kube.eventually(
             lambda: (
@@ -104,7 +104,7 @@ def made(folder: Path) -> Iterator[Account]:
         kube.kubectl("delete", "namespace", namespace, "--wait=false")
 
 
-def _kubeconfig(token: str) -> dict[str, Any]:
+def kubeconfig_of(token: str) -> dict[str, Any]:
     """The cluster of the current context, entered with a token."""
     config: dict[str, Any] = json.loads(kube.kubectl("config", "view", "--minify", "--flatten", "--raw", "-o", "json"))
     user = {"name": "operator", "user": {"token": token}}

@@ -516,9 +516,14 @@ def _watch(client: FineTuneClient, name: str, timeout: float) -> int:
     console = _console()
     last: Job | None = None
     if console.is_terminal:
-        with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
-            for last in client.watch(name, timeout=timeout):
-                live.update(screens.status_screen(last, _now()), refresh=True)
+
+        def screen() -> RenderableType:
+            return "" if last is None else screens.status_screen(last, _now())
+
+        with Live(console=console, get_renderable=screen, refresh_per_second=1) as live:
+            for job in client.watch(name, timeout=timeout):
+                last = job
+                live.refresh()
     else:
         said = ""
         for last in client.watch(name, timeout=timeout):

@@ -130,7 +130,7 @@ def preview(source: Path, arguments: list[str]) -> int:
     lacking = [name for name in ("numpy", "tokenizers", "transformers") if importlib.util.find_spec(name) is None]
     if lacking:
         raise ManifestError(
-            f"preview reads data and tokenizer as prepare does, and {', '.join(lacking)} is not installed here: "
+            f"preview reads data and tokenizer as prepare does, and lacks here {', '.join(lacking)}: "
             f"install finetune-trainer[torch], or run `finetune-trainer preview {source.name}` in the trainer's image"
         )
     from finetune_trainer.preview import main

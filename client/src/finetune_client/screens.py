@@ -116,7 +116,7 @@ def _part(job: Job, name: str) -> Mapping[str, Any]:
 
 
 def _stages(job: Job, now: datetime) -> RenderableType:
-    table = Table(box=None, padding=(0, 2, 0, 0), expand=True, header_style=FAINT)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True, header_style=FAINT)
     table.add_column("", width=1)
     table.add_column("stage", no_wrap=True)
     table.add_column("state", no_wrap=True)
@@ -141,7 +141,7 @@ def _stage_note(stage: StageStatus) -> str:
     if stage.state in (StageState.FAILED, StageState.RETRYING, StageState.QUEUED) or (
         stage.state in (StageState.STARTING, StageState.WAITING) and stage.reason not in (None, "Starting", "Waiting")
     ):
-        return stage.reason or ""
+        return (stage.reason or "") if stage.reason != stage.state else ""
     if stage.state in (StageState.RUNNING, StageState.STARTING) and stage.nodes:
         shown = ", ".join(stage.nodes[:2])
         return f"on {shown}" + (f" and {len(stage.nodes) - 2} more" if len(stage.nodes) > 2 else "")
@@ -202,7 +202,7 @@ def _losses(evaluation: EvaluationStatus) -> RenderableType:
 
 
 def _attempts(job: Job, now: datetime) -> RenderableType:
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, style=HOLDS)
     table.add_column(ratio=1, style=FAINT)
@@ -306,7 +306,7 @@ def _causes(job: Job, diagnosis: Diagnosis) -> Iterator[RenderableType]:
     yield Text()
     yield _section("What that means")
     for entry in diagnosis.entries:
-        text = Text(f"{entry.reason}: ", STRONG).append_text(_quoted(entry.cause, job, diagnosis))
+        text = Text.assemble((f"{entry.reason}: ", STRONG), _quoted(entry.cause, job, diagnosis))
         yield _indented(text)
 
 
@@ -346,7 +346,7 @@ def _evidence(job: Job, diagnosis: Diagnosis, now: datetime) -> Iterator[Rendera
 def _log_lines(lines: Iterable[str]) -> Iterator[RenderableType]:
     shown = list(lines)[-_LOG_LINES:]
     for line in shown:
-        yield Padding(Text(_printable(line), FAINT, overflow="fold"), (0, 0, 0, 4))
+        yield Padding(Text(_printable(line), overflow="fold"), (0, 0, 0, 4))
 
 
 def _printable(text: str) -> str:
@@ -427,7 +427,7 @@ class _Columns:
         while _needs(columns) > options.max_width and any(each.drop for each in columns):
             columns.remove(min((each for each in columns if each.drop), key=lambda each: each.drop))
         widths = _widths(columns, options.max_width)
-        table = Table(box=None, padding=(0, _GAP, 0, 0), header_style=FAINT)
+        table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style=FAINT)
         for column, width in zip(columns, widths, strict=True):
             justify: Literal["left", "right"] = "right" if column.right else "left"
             table.add_column(column.title, width=width, justify=justify, no_wrap=True, overflow="ellipsis")
@@ -460,7 +460,7 @@ def _widths(columns: list[_Column], room: int) -> list[int]:
 def plan_screen(name: str, plan: PlanStatus, *, note: str = "") -> RenderableType:
     """What a job would take."""
     parts: list[RenderableType] = [Text.assemble((name, STRONG), (", nothing is started", FAINT)), Text()]
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style=FAINT)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=FAINT)
     table.add_column("stage", no_wrap=True)
     table.add_column("pods", justify="right")
     table.add_column("each asks for", no_wrap=False)

@@ -22,6 +22,7 @@ from finetune_client import (
     JobNotFound,
     ManifestError,
     NothingToRetry,
+    Refused,
     SpecError,
     WaitTimeout,
 )
@@ -189,6 +190,13 @@ def test_a_user_without_the_right_is_told_which_role_has_it(api: FakeApi, client
     api.trouble = lambda method, path: 403
     with pytest.raises(Forbidden, match=r"cannot do that; ask for the chart's role finetune-operator-edit"):
         client.list()
+
+
+def test_what_the_server_refuses_is_told_in_its_words(api: FakeApi, client: FineTuneClient) -> None:
+    there(api, "running")
+    api.trouble = lambda method, path: 422 if method == "PATCH" else None
+    with pytest.raises(Refused, match="no"):
+        client.suspend(client_jobs.NAME)
 
 
 def test_a_cluster_without_the_definition_is_told(kubeconfig: Path, api: FakeApi) -> None:
