@@ -22,6 +22,7 @@ from finetune_client.errors import (
     JobExists,
     JobFailed,
     JobNotFound,
+    ManifestError,
     NothingToRetry,
     Refused,
     WaitTimeout,
@@ -46,7 +47,9 @@ from finetune_trainer import contract
 MANAGER = "finetune-client"
 """Field manager of what is written."""
 _MERGE = "application/merge-patch+json"
-_REPORT_PAGE = "report.html"
+REPORT_PAGE = "report/report.html"
+"""Where the trainer's report/reporting.py leaves the page, below the job's folder; a test holds the two equal, for that
+module needs more than is installed here."""
 _STAGE_ENDED = frozenset(
     {StageState.SUCCEEDED, StageState.REUSED, StageState.SKIPPED, StageState.FAILED, StageState.SUSPENDED}
 )
@@ -75,6 +78,7 @@ class FineTuneClient:
     ) -> None:
         file = None if kubeconfig is None else str(kubeconfig)
         self._cluster = cluster or connect(context=context, kubeconfig=file, namespace=namespace)
+        self._asked_namespace = namespace
 
     @property
     def namespace(self) -> str:
@@ -91,6 +95,10 @@ class FineTuneClient:
         manifest = read_manifest(job, name=name)
         check_manifest(manifest)
         namespace = manifest["metadata"].get("namespace") or self.namespace
+        if self._asked_namespace not in (None, namespace):
+            raise ManifestError(
+                f"metadata.namespace is {namespace} and --namespace {self._asked_namespace}: change one of them"
+            )
         query = {"fieldManager": MANAGER, **({"dryRun": "All"} if dry_run else {})}
         body = {**manifest, "metadata": {**manifest["metadata"], "namespace": namespace}}
         body.pop("status", None)
@@ -269,6 +277,9 @@ class FineTuneClient:
             if stage.artifact is not None and stage.artifact not in found.values():
                 found[stage.name] = stage.artifact
         folder = contract.stage_output(job.namespace, job.name, "stage", "0" * 64).rpartition("/")[0]
+        ended = {stage.name for stage in job.status.stages if stage.state in (StageState.SUCCEEDED, StageState.REUSED)}
+        page_path = f"{folder}/{REPORT_PAGE}" if ended & contract.REPORTING else None
+        page = None if workspace is None or page_path is None else Path(workspace) / page_path
         return JobReport(
             job=job.name,
             namespace=job.namespace,
@@ -276,7 +287,8 @@ class FineTuneClient:
             folder=folder,
             artifacts=found,
             evaluation=job.status.evaluation,
-            page=None if workspace is None else _newest_page(Path(workspace) / folder),
+            page_path=page_path,
+            page=page if page is not None and page.is_file() else None,
         )
 
     # ---- change
@@ -454,9 +466,3 @@ def _has_log(pod: Raw) -> bool:
         if container.get("name") == CONTAINER_NAME:
             return bool({"running", "terminated"} & set(container.get("state") or {}))
     return False
-
-
-def _newest_page(folder: Path) -> Path | None:
-    """The newest report.html below a folder, None where there is none."""
-    pages = sorted(folder.rglob(_REPORT_PAGE), key=lambda page: page.stat().st_mtime) if folder.is_dir() else []
-    return pages[-1] if pages else None

@@ -91,7 +91,9 @@ class Cluster:
 
     def _watch(self, path: str, query: Mapping[str, str], version: str, ends: float) -> Iterator[tuple[str, Raw]]:
         """Changes after `version` until `ends`, or until the server says that it has to be listed again."""
+        pause = threading.Event()
         while (left := ends - time.monotonic()) > 0:
+            begun, heard = time.monotonic(), False
             seconds = int(min(WATCH_SECONDS, max(1, left)))
             asked = {
                 **query,
@@ -109,9 +111,12 @@ class Cluster:
                 raw = event.get("object") or {}
                 if event.get("type") == "ERROR":
                     return
+                heard = True
                 version = (raw.get("metadata") or {}).get("resourceVersion") or version
                 if event.get("type") != "BOOKMARK":
                     yield event["type"], raw
+            if not heard and time.monotonic() - begun < 1:
+                pause.wait(min(RETRY_SECONDS, left))  # something between here and the server cuts watches short
 
     def _read_lines(self, response: Any, path: str) -> Iterator[str]:
         import urllib3

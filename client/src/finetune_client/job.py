@@ -196,8 +196,10 @@ class JobReport:
     artifacts: Mapping[str, Artifact]
     """The results by what they are: adapter, model, evaluation, and every stage's own under its name."""
     evaluation: EvaluationStatus | None
+    page_path: str | None = None
+    """report.html on the workspace, once there is something to report of; every stage after train writes it anew."""
     page: Path | None = None
-    """report.html, where the workspace's volume can be read here and has one."""
+    """The same as a file, where the workspace's volume can be read here and has it."""
 
     def as_json(self) -> dict[str, Any]:
         """The camelCase JSON object."""
@@ -208,6 +210,7 @@ class JobReport:
             "folder": self.folder,
             "artifacts": {name: artifact.as_json() for name, artifact in self.artifacts.items()},
             "evaluation": None if self.evaluation is None else self.evaluation.as_json(),
+            "pagePath": self.page_path,
             "page": None if self.page is None else str(self.page),
         }
 

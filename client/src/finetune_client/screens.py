@@ -535,6 +535,9 @@ def report_screen(report: JobReport) -> RenderableType:
     parts.append(_indented(Text(f"on the workspace, claim {report.claim or '?'}:", FAINT)))
     for name, artifact in report.artifacts.items():
         parts.append(Padding(Text.assemble((f"{name}  ", STRONG), artifact.path, overflow="fold"), (0, 0, 0, 4)))
+    if report.page_path is not None:
+        shown = str(report.page or report.page_path)
+        parts.append(Padding(Text.assemble(("the whole story  ", STRONG), shown, overflow="fold"), (0, 0, 0, 4)))
     if report.evaluation is not None:
         parts += [Text(), _losses(report.evaluation)]
         for each in report.evaluation.prompts:
@@ -543,8 +546,6 @@ def report_screen(report: JobReport) -> RenderableType:
                 if answer is not None:
                     line = Text.assemble((f"{who:<10}", FAINT), _printable(answer.strip()))
                     parts.append(_indented(line))
-    if report.page is not None:
-        parts += [Text(), Text(f"report: {report.page}")]
     return Group(*parts)
 
 

@@ -28,6 +28,7 @@ from finetune_client import (
 )
 from finetune_client.errors import ClientError
 from finetune_operator.api.finetunejob import parse_spec
+from finetune_trainer.report import reporting
 
 ROOT = Path(__file__).resolve().parents[3]
 PATIENCE_SECONDS = 10.0
@@ -82,6 +83,13 @@ def test_a_manifests_own_namespace_wins_as_with_kubectl(api: FakeApi, client: Fi
     made = client.submit({"metadata": {"name": "tiny", "namespace": "team-b"}, "spec": job_spec()})
     assert made.namespace == "team-b"
     assert ("team-b", "tiny") in api.jobs
+
+
+def test_two_namespaces_that_differ_are_refused_as_with_kubectl(api: FakeApi, kubeconfig: Path) -> None:
+    asked = FineTuneClient(kubeconfig=kubeconfig, namespace="team-c")
+    with pytest.raises(ManifestError, match="metadata.namespace is team-b and --namespace team-c"):
+        asked.submit({"metadata": {"name": "tiny", "namespace": "team-b"}, "spec": job_spec()})
+    assert api.requests == []
 
 
 def test_a_servers_dry_run_makes_nothing(api: FakeApi, client: FineTuneClient) -> None:
@@ -412,7 +420,8 @@ def test_a_report_says_where_results_lie_and_finds_the_page(
     assert (found.claim, found.folder, found.page) == ("workspace", "finetune/jobs/research/llama3-8b-dolly", None)
     assert list(found.artifacts) == ["adapter", "model", "evaluation", "prepare", "train"]
     assert found.evaluation is not None
-    page = tmp_path / found.folder / "evaluate-0123" / "report.html"
+    assert found.page_path == f"{found.folder}/{reporting.REPORT_FOLDER}/{reporting.PAGE_NAME}"
+    page = tmp_path / found.page_path
     page.parent.mkdir(parents=True)
     page.write_text("<html>", encoding="utf-8")
     assert client.report(client_jobs.NAME, workspace=tmp_path).page == page
