@@ -273,9 +273,24 @@ BAD_SPECS = (
     BadSpec(
         "a gate without held-out records",
         "spec.evaluate.gate",
-        {"dataset": {"validationPercent": 0}, "evaluate": {"gate": {}}},
+        {"dataset": {"validationPercent": 0}, "evaluate": {"gate": {"maxPerplexity": 20}}},
         "evaluate.gate needs a held-out loss",
     ),
+    BadSpec("a gate without a threshold", "spec.evaluate.gate", {"evaluate": {"gate": {}}}, "gate has no threshold"),
+    BadSpec(
+        "a gate on answers that nobody gave",
+        "spec.evaluate.gate",
+        {"evaluate": {"gate": {"minRougeL": 0.5}, "prompts": [{"text": "Who?"}]}},
+        "evaluate.gate needs answers to compare with",
+    ),
+    BadSpec(
+        "an exact match above all",
+        "spec.evaluate.gate.minExactMatch",
+        {"evaluate": {"gate": {"minExactMatch": 1.5}}},
+        ours="at most 1",
+    ),
+    BadSpec("no temperature", "spec.evaluate.temperature", {"evaluate": {"temperature": 0}}, ours="more than 0"),
+    BadSpec("more than all tokens", "spec.evaluate.topP", {"evaluate": {"topP": 1.1}}, ours="at most 1"),
     BadSpec(
         "a gate without evaluation",
         "spec.evaluate.gate",
@@ -331,6 +346,18 @@ BAD_SPECS = (
         "spec.publish.s3",
         {"publish": {"sageMakerEndpoint": {"instanceType": "ml.g5.4xlarge"}}},
         "s3 is required",
+    ),
+    BadSpec(
+        "a whole model that is never merged",
+        "spec.publish.s3.contents",
+        {"publish": {"s3": {"uri": "s3://bucket/a", "contents": "both"}}, "merge": {"enabled": False}},
+        "no whole model",
+    ),
+    BadSpec(
+        "an adapter of full fine-tuning",
+        "spec.publish.s3.contents",
+        {"publish": {"s3": {"uri": "s3://bucket/a", "contents": "adapter"}}, "method": {"type": "full", "lora": None}},
+        "leaves no adapter",
     ),
     BadSpec("a negative deadline", "spec.activeDeadlineSeconds", {"activeDeadlineSeconds": -1}, ours="at least 1"),
     BadSpec(

@@ -36,7 +36,15 @@ def test_defaults_are_filled_in_as_the_models_fill_them_in(namespace: str) -> No
     manifest = job_manifest(evaluate=None, stages={"train": {"resources": {"limits": {"cpu": 2}}}})
     created = json.loads(answer_to(namespace, manifest, "--dry-run=server", "-o", "json"))
     assert created["spec"]["training"]["precision"] == "bf16"
-    assert created["spec"]["evaluate"] == {"enabled": True, "maxNewTokens": 64, "prompts": []}
+    assert created["spec"]["evaluate"] == {
+        "enabled": True,
+        "prompts": [],
+        "doSample": False,
+        "temperature": 0.6,
+        "topP": 0.9,
+        "maxNewTokens": 256,
+        "seed": 42,
+    }
     ours = parse_spec(manifest["spec"])
     assert parse_spec(created["spec"]) == ours
     ours_as_sent = ours.as_json()

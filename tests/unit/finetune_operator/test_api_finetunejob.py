@@ -276,7 +276,13 @@ SECTIONS = st.fixed_dictionaries(
                 "prompts": st.lists(
                     st.fixed_dictionaries({"text": st.text(st.characters(codec="utf-8"), min_size=1)}), max_size=3
                 ),
-                "gate": st.fixed_dictionaries({"maxLossRatioToBase": st.floats(0, 100, exclude_min=True)}),
+                "gate": st.fixed_dictionaries(
+                    {"maxLossRatioToBase": st.floats(0, 100, exclude_min=True)},
+                    optional={"maxLoss": st.floats(0, 1000, exclude_min=True), "maxPerplexity": st.floats(1, 1e9)},
+                ),
+                "doSample": st.booleans(),
+                "temperature": st.floats(0, 10, exclude_min=True),
+                "topP": st.floats(0, 1, exclude_min=True),
             },
         ),
         "stages": st.dictionaries(

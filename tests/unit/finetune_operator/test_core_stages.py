@@ -9,6 +9,7 @@ from simulated import Simulation, successful_report
 from workloads import evicted, readmitted, reserved, workload
 
 from finetune_operator.api import constants
+from finetune_operator.api.conditions import find_condition
 from finetune_operator.api.status import Cost
 from finetune_operator.core.figures import Progress
 from finetune_operator.core.plan import derive_cost
@@ -474,6 +475,37 @@ def test_only_another_time_to_live_does_not_run_a_failed_job_again() -> None:
     simulation.settle()
     assert simulation.body["status"]["phase"] == "Failed"
     assert len(simulation.created_jobs) == 1
+
+
+def test_every_missed_threshold_is_told_and_nothing_after_evaluate_runs() -> None:
+    simulation = Simulation()
+    gate = {"maxLossRatioToBase": 0.9, "maxLoss": 1.2, "maxPerplexity": 4, "minExactMatch": 0.5, "minRougeL": 0.5}
+    simulation.change(evaluate={"gate": gate}, publish={"s3": {"uri": "s3://bucket/models/tiny"}})
+    walk(simulation, *STAGES[:-1])
+    scores = {"tunedExactMatch": 0.25, "tunedRougeL": 0.75, "promptsCompared": 4}
+    simulation.run_stage("evaluate", baseLoss=2.0, tunedLoss=1.5, tunedPerplexity=4.481689, **scores)
+    status = simulation.settle()
+    assert status.phase == "Failed"
+    condition = find_condition(status.conditions, constants.ConditionType.EVALUATED)
+    assert condition is not None
+    assert (condition.status, condition.reason) == ("False", "GateNotMet")
+    assert condition.message == (
+        "The tuned model's held-out loss is 1.5; spec.evaluate.gate.maxLoss allows 1.2. "
+        "The tuned model's held-out perplexity is 4.481689; spec.evaluate.gate.maxPerplexity allows 4.0. "
+        "The tuned model's exact match is 0.25, the mean over 4 prompts with an expected answer; "
+        "spec.evaluate.gate.minExactMatch asks for 0.5. Train longer or on better data, or change the gate."
+    )
+    assert not any("publish" in name for name in simulation.jobs)
+    assert status.evaluation is not None
+    assert status.evaluation.as_json() == {
+        "baseLoss": 2.0,
+        "tunedLoss": 1.5,
+        "tunedPerplexity": 4.4817,
+        "promptsCompared": 4,
+        "tunedExactMatch": 0.25,
+        "tunedRougeL": 0.75,
+        "prompts": [],
+    }
 
 
 def test_another_gate_measures_nothing_anew() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from finetune_trainer import contract
+from finetune_trainer.answer_scores import rouge_l
 from finetune_trainer.artifacts import artifact_ref, new_artifact
 from finetune_trainer.contract import ContractError, ExitCode, StageConfig
 from finetune_trainer.errors import UserError
@@ -132,9 +135,19 @@ def test_losses_and_answers_are_those_of_each_document_and_prompt_alone(
             "tuned": tuned_answer,
             "baseExact": False,
             "tunedExact": True,
+            "baseRougeL": pytest.approx(rouge_l(base_answer, tuned_answer), abs=1e-6),
+            "tunedRougeL": pytest.approx(rouge_l(tuned_answer, tuned_answer), abs=1e-6),
         }
     ]
     assert (report.metrics["baseExact"], report.metrics["tunedExact"]) == (0, 1)
+    assert (report.metrics["baseExactMatch"], report.metrics["tunedExactMatch"]) == (0.0, 1.0)
+    assert report.metrics["generation"] == {
+        "doSample": False,
+        "temperature": 0.6,
+        "topP": 0.9,
+        "maxNewTokens": 5,
+        "seed": 42,
+    }
     assert "gatePassed" not in report.metrics
     assert ("mergedLogitDifference" in report.metrics) == use_merged
     if use_merged:
@@ -190,13 +203,52 @@ def test_a_missed_gate_fails_with_metric_value_and_threshold_and_keeps_the_numbe
     report = evaluate.run(config)
     assert (report.exit_code, report.reason) == (ExitCode.USER_ERROR, "EvalBelowThreshold")
     assert report.metrics["gatePassed"] is False
-    for words in ("held-out loss", str(report.metrics["tunedLoss"]), str(report.metrics["baseLoss"]), "is 0.01:"):
+    for words in ("held-out loss", str(report.metrics["tunedLoss"]), str(report.metrics["baseLoss"]), "allows 0.01"):
         assert words in report.message
     assert report.artifacts.keys() == {"evaluate"}
     again = reusable_report(config)
     assert again is not None
     assert (again.exit_code, again.reason, again.reused) == (ExitCode.USER_ERROR, "EvalBelowThreshold", True)
     assert again.message == report.message
+
+
+def test_every_missed_threshold_is_told(make_config: Any) -> None:
+    prompts = [{"text": "Who?", "expected": "The Smiths."}, {"text": "What?"}]
+    gate = {"maxLoss": 0.01, "maxPerplexity": 1, "minExactMatch": 1, "minRougeL": 0.999, "maxLossRatioToBase": 100}
+    report = evaluate.run(make_config({"prompts": prompts, "maxNewTokens": 2, "gate": gate}))
+    assert report.reason == "EvalBelowThreshold"
+    assert re.findall(r"gate\.(\w+)", report.message) == ["maxLoss", "maxPerplexity", "minExactMatch", "minRougeL"]
+    assert "exact match is 0.0, the mean over 1 prompts" in report.message
+
+
+def test_sampled_answers_are_the_same_again_and_others_with_another_seed(make_config: Any) -> None:
+    spec = {"prompts": [{"text": "Who?"}, {"text": "What?"}], "maxNewTokens": 8, "doSample": True, "temperature": 1.5}
+    config = make_config(spec)
+
+    def answers(**changes: Any) -> list[tuple[str, str]]:
+        number = next(outputs)
+        changed = replace(config, spec={"evaluate": {**spec, **changes}}, output=f"{config.output}-{number}")
+        evaluate.run(changed)
+        evaluation = json.loads((changed.output_path / "evaluation.json").read_text())
+        return [(entry["base"], entry["tuned"]) for entry in evaluation["prompts"]]
+
+    outputs = itertools.count()
+    first = answers()
+    assert answers() == first
+    assert answers(prompts=[{"text": "What?"}]) == first[1:]
+    assert answers(seed=43) != first
+    assert answers(doSample=False) != first
+
+
+def test_of_few_likely_tokens_top_p_leaves_the_likeliest(make_config: Any) -> None:
+    spec = {"prompts": [{"text": "Who?"}], "maxNewTokens": 4}
+    config = make_config(spec)
+    found = []
+    for number, sampling in enumerate(({"doSample": False}, {"doSample": True, "topP": 1e-6})):
+        changed = replace(config, spec={"evaluate": spec | sampling}, output=f"{config.output}-{number}")
+        evaluate.run(changed)
+        found.append(json.loads((changed.output_path / "evaluation.json").read_text())["prompts"])
+    assert found[0] == found[1]
 
 
 def test_without_held_out_rows_there_is_no_loss_but_a_note(make_config: Any) -> None:
@@ -216,7 +268,7 @@ def test_a_gate_without_held_out_rows_is_refused_before_a_model_is_loaded(make_c
 
 
 def test_a_prompt_that_leaves_no_room_is_named(make_config: Any) -> None:
-    spec = {"prompts": [{"text": "short"}, {"text": "word " * 300}]}
+    spec = {"prompts": [{"text": "short"}, {"text": "word " * 300}], "maxNewTokens": 64}
     with pytest.raises(UserError, match=r"prompts\[1\] has \d+ tokens.*256 positions"):
         evaluate.run(make_config(spec))
 
@@ -228,6 +280,11 @@ def test_a_prompt_that_leaves_no_room_is_named(make_config: Any) -> None:
         pytest.param({"maxNewTokens": -1}, "maxNewTokens is -1", id="a negative length"),
         pytest.param({"gate": {"maxLossRatioToBase": "low"}}, "maxLossRatioToBase is 'low'", id="a gate of words"),
         pytest.param({"gate": {"maxLossRatioToBase": 0}}, "maxLossRatioToBase is 0", id="a gate of zero"),
+        pytest.param({"gate": {"maxLos": 1}}, "gate.maxLos is no threshold", id="a threshold that is not known"),
+        pytest.param({"doSample": "yes"}, "doSample is 'yes'", id="sampling in a word"),
+        pytest.param({"temperature": 0}, "temperature is 0", id="no temperature"),
+        pytest.param({"topP": 1.1}, "topP is 1.1", id="more than all tokens"),
+        pytest.param({"seed": -1}, "seed is -1", id="a negative seed"),
     ],
 )
 def test_a_wrong_field_is_named(spec: dict[str, Any], words: str) -> None:

@@ -1,4 +1,4 @@
-"""Measures a causal language model: loss on held-out rows, and greedy answers to prompts.
+"""Measures a causal language model: loss on held-out rows, and answers to prompts.
 
 stages/evaluate.py calls this for the base and for the tuned model, one after the other. Rows and prompts are prepare's
 own: the same tokens, the same masks as in training, the same prompt strings. Nothing is trained or written here.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,21 @@ class EncodedPrompt:
 
     text: str
     tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are generated: greedily, or with `do_sample` drawn by temperature and top-p and nothing else.
+
+    `max_new_tokens` is the longest answer. `seed` starts the random numbers of each prompt anew, so that both models
+    draw by the same numbers, and an answer does not depend on the other prompts.
+    """
+
+    do_sample: bool
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
 
 
 def pick_device() -> torch.device:
@@ -124,15 +140,19 @@ def measure_loss(model: Any, rows: PreparedRows) -> HeldOutLoss | None:
 
 
 def answer_prompts(
-    model: Any, prompts: Sequence[EncodedPrompt], encoder: Encoder, tokenizer: Any, max_tokens: int
+    model: Any, prompts: Sequence[EncodedPrompt], encoder: Encoder, tokenizer: Any, generation: Generation
 ) -> list[str]:
-    """The greedy answer to each prompt without special tokens, up to an end of sequence or `max_tokens` tokens."""
+    """The answer to each prompt without special tokens, up to an end of sequence or the most tokens."""
     from transformers import GenerationConfig
 
+    # The model's own generation settings do not count: both models answer by the same. transformers' default top_k of
+    # 50 would be a setting that nobody asked for.
+    sampling = {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0}
     settings = GenerationConfig(
-        do_sample=False,
+        do_sample=generation.do_sample,
+        **(sampling if generation.do_sample else {}),
         num_beams=1,
-        max_new_tokens=max_tokens,
+        max_new_tokens=generation.max_new_tokens,
         eos_token_id=sorted(_stop_tokens(model, encoder)),
         pad_token_id=encoder.pad_token_id,
     )
@@ -140,7 +160,7 @@ def answer_prompts(
     for prompt in prompts:
         # One at a time: padding in front of a prompt changes what some models answer.
         tokens = torch.tensor([prompt.tokens], device=model.device)
-        with torch.no_grad():
+        with _seeded(model.device, generation.seed), torch.no_grad():
             output = model.generate(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
@@ -182,6 +202,14 @@ def logits_at(model: Any, batch: MicroBatch, positions: Any) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model(**arguments).logits
     return logits if keeps else logits[:, columns]
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Random numbers from `seed`; what was there before goes on afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _innermost(model: Any) -> Any:

@@ -15,6 +15,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from finetune_trainer.evaluation_gate import THRESHOLDS
+
+_LOSS_THRESHOLDS = tuple(name for name, threshold in THRESHOLDS.items() if threshold.needs_loss)
+_ANSWER_THRESHOLDS = tuple(name for name, threshold in THRESHOLDS.items() if not threshold.needs_loss)
+
 Object = Mapping[str, Any]
 """A JSON object of the spec, defaults filled in."""
 
@@ -46,6 +51,7 @@ _CLIMBS = r"(^|/)\.\.(/|$)"
 _SOURCE_MESSAGE = "source must be hf://org/name, s3://bucket/prefix or workspace:///path without `..`, is {source}"
 _SOURCE_CEL = f"self.source.matches(r'^{_SOURCE}$') && !self.source.matches(r'{_CLIMBS}')"
 
+_NO_CONTENTS = "!has(self.publish) || !has(self.publish.s3) || !has(self.publish.s3.contents)"
 _PLACE = r"\{[^{}.!:\[\]]+\}"
 _TEMPLATE = rf"^([^{{}}]|\{{\{{|\}}\}}|{_PLACE})*$"
 _FILLED = rf"(^|[^{{])(\{{\{{)*{_PLACE}"
@@ -153,6 +159,16 @@ def _saved_twice(lora: Object) -> list[str]:
 def _prompts_with_context(spec: Object) -> list[int]:
     prompts = spec["evaluate"].get("prompts") or ()
     return [place for place, prompt in enumerate(prompts) if prompt.get("context") is not None]
+
+
+def _published(spec: Object) -> str | None:
+    """publish.s3.contents, None where it is not set."""
+    contents = ((spec.get("publish") or {}).get("s3") or {}).get("contents")
+    return None if contents is None else str(contents)
+
+
+def _has_any(value: Object | None, names: Iterable[str]) -> bool:
+    return value is not None and any(value.get(name) is not None for name in names)
 
 
 def _variant(spec: Object) -> str:
@@ -326,14 +342,39 @@ RULES: tuple[Rule, ...] = (
         lambda toleration: toleration["operator"] != "Equal" or toleration.get("key") is not None,
     ),
     Rule(
+        "Evaluate",
+        "gate",
+        f"gate has no threshold: set one of {', '.join(THRESHOLDS)}, or remove the gate",
+        f"!has(self.gate) || {' || '.join(f'has(self.gate.{name})' for name in THRESHOLDS)}",
+        lambda evaluate: evaluate.get("gate") is None or _has_any(evaluate["gate"], THRESHOLDS),
+    ),
+    Rule(
         "FineTuneJobSpec",
         "evaluate.gate",
-        "evaluate.gate needs a held-out loss: set dataset.validationPercent to at least 1 and evaluate.enabled to "
-        "true, or remove the gate",
-        "!has(self.evaluate.gate) || (self.evaluate.enabled && self.dataset.validationPercent > 0)",
+        f"evaluate.gate needs a held-out loss ({', '.join(_LOSS_THRESHOLDS)}): set dataset.validationPercent to at "
+        "least 1 and evaluate.enabled to true, or remove the threshold",
+        "!has(self.evaluate.gate) || "
+        f"!({' || '.join(f'has(self.evaluate.gate.{name})' for name in _LOSS_THRESHOLDS)}) || "
+        "(self.evaluate.enabled && self.dataset.validationPercent > 0)",
         lambda spec: (
-            spec["evaluate"].get("gate") is None
+            not _has_any(spec["evaluate"].get("gate"), _LOSS_THRESHOLDS)
             or (spec["evaluate"]["enabled"] and spec["dataset"]["validationPercent"] > 0)
+        ),
+    ),
+    Rule(
+        "FineTuneJobSpec",
+        "evaluate.gate",
+        f"evaluate.gate needs answers to compare with ({', '.join(_ANSWER_THRESHOLDS)}): give at least one of "
+        "evaluate.prompts an expected answer and set evaluate.enabled to true, or remove the threshold",
+        "!has(self.evaluate.gate) || "
+        f"!({' || '.join(f'has(self.evaluate.gate.{name})' for name in _ANSWER_THRESHOLDS)}) || "
+        "(self.evaluate.enabled && self.evaluate.prompts.exists(prompt, has(prompt.expected)))",
+        lambda spec: (
+            not _has_any(spec["evaluate"].get("gate"), _ANSWER_THRESHOLDS)
+            or (
+                spec["evaluate"]["enabled"]
+                and any(prompt.get("expected") is not None for prompt in spec["evaluate"].get("prompts") or ())
+            )
         ),
     ),
     Rule(
@@ -364,6 +405,23 @@ RULES: tuple[Rule, ...] = (
         "!self.evaluate.prompts.exists(prompt, has(prompt.context))",
         lambda spec: spec["dataset"]["format"] in CONTEXT_FORMATS or not _prompts_with_context(spec),
         lambda spec: f"it is in prompts {', '.join(map(str, _prompts_with_context(spec)))}",
+    ),
+    Rule(
+        "FineTuneJobSpec",
+        "publish.s3.contents",
+        "publish.s3.contents is {publish.s3.contents}, and the job makes no whole model: set merge.enabled to true, or "
+        "contents to adapter",
+        f"{_NO_CONTENTS} || self.publish.s3.contents == 'adapter' || self.method.type == 'full' || self.merge.enabled",
+        lambda spec: (
+            _published(spec) not in ("model", "both") or spec["method"]["type"] == "full" or spec["merge"]["enabled"]
+        ),
+    ),
+    Rule(
+        "FineTuneJobSpec",
+        "publish.s3.contents",
+        "publish.s3.contents is {publish.s3.contents}, and method.type full leaves no adapter: set contents to model",
+        f"{_NO_CONTENTS} || self.publish.s3.contents == 'model' || self.method.type != 'full'",
+        lambda spec: _published(spec) not in ("adapter", "both") or spec["method"]["type"] != "full",
     ),
     Rule(
         "FineTuneJobSpec",

@@ -334,13 +334,36 @@ class EvaluationPrompt(Model):
 
 
 class EvaluationGate(Model):
-    """Thresholds that the tuned model has to meet for the job to succeed."""
+    """Thresholds that the tuned model has to meet for the job to succeed; at least one is set."""
 
-    max_loss_ratio_to_base: float = Field(
-        default=1.0,
+    max_loss_ratio_to_base: float | None = Field(
+        default=None,
         gt=0,
         le=100,
         description="Largest allowed held-out loss of the tuned model, as a ratio to the base model's.",
+    )
+    max_loss: float | None = Field(
+        default=None, gt=0, le=1000, description="Largest allowed held-out loss of the tuned model, in nats a token."
+    )
+    max_perplexity: float | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000_000,
+        description="Largest allowed perplexity of the tuned model on the held-out records, which is exp(loss).",
+    )
+    min_exact_match: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Smallest allowed share of the prompts with an expected answer that the tuned model answers with "
+        "exactly that text; white space around and between words does not count.",
+    )
+    min_rouge_l: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Smallest allowed ROUGE-L (F-measure) of the tuned model's answers, as mean over the prompts with "
+        "an expected answer.",
     )
 
 
@@ -352,10 +375,30 @@ class Evaluate(Model):
         tuple[EvaluationPrompt, ...], Field(max_length=64, json_schema_extra={"x-kubernetes-list-type": "atomic"})
     ] = Field(
         default=(),
-        description=f"Prompts that the base and the tuned model answer, greedily; at most {MAX_PROMPT_CHARACTERS} "
+        description=f"Prompts that the base and the tuned model answer; at most {MAX_PROMPT_CHARACTERS} "
         "characters in all.",
     )
-    max_new_tokens: int = Field(default=64, ge=1, le=4096, description="Longest answer, in tokens.")
+    do_sample: bool = Field(
+        default=False,
+        description="Whether each token of an answer is drawn at random by temperature and topP. False: the likeliest "
+        "is taken, and temperature, topP and seed do nothing.",
+    )
+    temperature: float = Field(
+        default=0.6, gt=0, le=10, description="What logits are divided by before a token is drawn."
+    )
+    top_p: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Tokens are drawn from the likeliest ones whose probabilities add up to this; 1: from all.",
+    )
+    max_new_tokens: int = Field(default=256, ge=1, le=4096, description="Longest answer, in tokens.")
+    seed: int = Field(
+        default=42,
+        ge=0,
+        le=2**31 - 1,
+        description="Seed of what is drawn, the same for each prompt and both models.",
+    )
     gate: EvaluationGate | None = Field(
         default=None,
         description="Thresholds. A tuned model that misses one fails the job, and nothing after evaluate runs.",
@@ -367,7 +410,15 @@ class PublishS3(Model):
 
     uri: Annotated[
         str, Field(min_length=6, max_length=1024, pattern=r"^s3://[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9](/.*)?$")
-    ] = Field(description="Bucket and prefix that the model is written to, such as s3://bucket/models/name.")
+    ] = Field(
+        description="Bucket and prefix that the model is written to, such as s3://bucket/models/name. It is complete "
+        "once manifest.json is there, and is then never replaced."
+    )
+    contents: Literal["adapter", "model", "both"] | None = Field(
+        default=None,
+        description="What is uploaded; `both`: the whole model, and the adapter in adapter/ below it. Absent: the "
+        "whole model where there is one, else the adapter.",
+    )
 
 
 class SageMakerEndpoint(Model):

@@ -131,10 +131,27 @@ class PromptAnswers(StatusModel):
 
 
 class EvaluationStatus(StatusModel):
-    """Losses on the held-out records, and answers to the job's prompts."""
+    """Losses on the held-out records, answers to the job's prompts, and how near these come to the expected ones."""
 
     base_loss: float | None = Field(default=None, description="Held-out loss of the base model, in nats a token.")
     tuned_loss: float | None = Field(default=None, description="Held-out loss of the tuned model, in nats a token.")
+    base_perplexity: float | None = Field(default=None, description="exp(loss) of the base model.")
+    tuned_perplexity: float | None = Field(default=None, description="exp(loss) of the tuned model.")
+    prompts_compared: int | None = Field(
+        default=None, ge=0, description="Number of prompts with an expected answer, over which the means are taken."
+    )
+    base_exact_match: float | None = Field(
+        default=None, description="Share of these prompts that the base model answers with exactly the expected text."
+    )
+    tuned_exact_match: float | None = Field(
+        default=None, description="Share of these prompts that the tuned model answers with exactly the expected text."
+    )
+    base_rouge_l: float | None = Field(
+        default=None, description="Mean ROUGE-L (F-measure) of the base model's answers."
+    )
+    tuned_rouge_l: float | None = Field(
+        default=None, description="Mean ROUGE-L (F-measure) of the tuned model's answers."
+    )
     prompts: Annotated[
         tuple[PromptAnswers, ...], Field(max_length=64, json_schema_extra={"x-kubernetes-list-type": "atomic"})
     ] = Field(

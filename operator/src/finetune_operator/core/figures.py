@@ -150,6 +150,13 @@ def derive_evaluation(pipeline: Pipeline) -> EvaluationStatus | None:
     return EvaluationStatus(
         base_loss=_rounded(metrics.get("baseLoss")),
         tuned_loss=_rounded(metrics.get("tunedLoss")),
+        base_perplexity=_rounded(metrics.get("basePerplexity")),
+        tuned_perplexity=_rounded(metrics.get("tunedPerplexity")),
+        prompts_compared=_whole_number(metrics.get("promptsCompared")),
+        base_exact_match=_rounded(metrics.get("baseExactMatch")),
+        tuned_exact_match=_rounded(metrics.get("tunedExactMatch")),
+        base_rouge_l=_rounded(metrics.get("baseRougeL")),
+        tuned_rouge_l=_rounded(metrics.get("tunedRougeL")),
         prompts=tuple(_answers(metrics.get("prompts"))),
     )
 

@@ -27,6 +27,7 @@ from finetune_operator.core.settings import RetryTiming, Settings
 from finetune_operator.core.silence import SILENT_SECONDS, find_silent, next_look
 from finetune_trainer import contract
 from finetune_trainer.contract import ArtifactRef
+from finetune_trainer.evaluation_gate import GATE_REMEDY, missed_thresholds
 
 DONE = frozenset({StageState.SUCCEEDED, StageState.REUSED, StageState.SKIPPED})
 JITTER = 0.2
@@ -521,15 +522,8 @@ def _missed_gate(job: FineTuneJob, stage: str, success: Outcome) -> str | None:
     gate = job.spec.evaluate.gate
     if stage != contract.EVALUATE or gate is None or success.report is None:
         return None
-    base, tuned = (success.report.metrics.get(name) for name in ("baseLoss", "tunedLoss"))
-    most = gate.max_loss_ratio_to_base
-    if isinstance(base, (int, float)) and isinstance(tuned, (int, float)) and tuned <= most * base:
-        return None
-    return (
-        f"The tuned model's held-out loss is {tuned} and the base model's {base}; "
-        f"spec.evaluate.gate.maxLossRatioToBase allows {most} times the base model's. "
-        "Train longer or on better data, or change the gate."
-    )
+    missed = missed_thresholds(gate.as_json(), success.report.metrics)
+    return " ".join((*missed, GATE_REMEDY)) if missed else None
 
 
 def _exhausted(job: FineTuneJob, outcomes: Sequence[Outcome | None]) -> str | None:

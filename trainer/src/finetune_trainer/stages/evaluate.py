@@ -4,14 +4,15 @@ Reads inputs `model`, `prepare` and `consolidate`, and `merge` where it ran. The
 it the base with its adapter, by peft; or, where every weight was trained, consolidate's whole model. A merged model's
 logits are held against base plus adapter. The base is the job's own, as its files are, also where training held it
 quantized: that is what an adapter is merged into and served with, and what both ways to deliver one are compared by.
-Writes evaluation.json. A gate that is missed still leaves the whole artifact: the numbers are the answer.
+Writes evaluation.json: both losses and perplexities, both answers to each prompt and how near they come to the right
+one. A gate that is missed still leaves the whole artifact: the numbers are the answer.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from finetune_trainer.adapters import ADAPTER_CONFIG_NAME
+from finetune_trainer.answer_scores import is_exact_match, rouge_l
 from finetune_trainer.artifacts import new_artifact, open_input, read_manifest
 from finetune_trainer.batches import open_validation_rows, read_data
 from finetune_trainer.contract import (
@@ -36,6 +38,7 @@ from finetune_trainer.cpus import available_cpus
 from finetune_trainer.errors import UserError
 from finetune_trainer.evaluation import (
     EncodedPrompt,
+    Generation,
     HeldOutLoss,
     add_adapter,
     answer_prompts,
@@ -46,6 +49,7 @@ from finetune_trainer.evaluation import (
     pick_device,
     sample_logits,
 )
+from finetune_trainer.evaluation_gate import GATE_REMEDY, THRESHOLDS, missed_thresholds
 from finetune_trainer.formats import RecordFormat, open_format
 from finetune_trainer.model_files import read_model_config
 from finetune_trainer.stage import finished_report, keep_report
@@ -53,7 +57,8 @@ from finetune_trainer.tokenization import Encoder, load_tokenizer
 from finetune_trainer.tokenizer_files import PROMPT_KEY, carried_digests, check_tokenizer, tokenizer_files
 
 EVALUATION_NAME = "evaluation.json"
-DEFAULT_MAX_NEW_TOKENS = 64
+DEFAULT_GENERATION = Generation(do_sample=False, temperature=0.6, top_p=0.9, max_new_tokens=256, seed=42)
+"""How a stage.json that says nothing generates; the spec has the same defaults."""
 
 _REPORTED_PROMPTS = 3
 _REPORTED_CHARACTERS = 200
@@ -72,11 +77,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Args:
-    """spec.evaluate: answers have at most `max_new_tokens`; `max_loss_ratio` is the gate's, None without a gate."""
+    """spec.evaluate. `gate` has the thresholds that are set by their fields' names, and is empty without a gate."""
 
     prompts: tuple[Prompt, ...]
-    max_new_tokens: int
-    max_loss_ratio: float | None
+    generation: Generation
+    gate: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -100,13 +105,44 @@ def parse_args(config: StageConfig) -> Args:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("text"), str):
             raise ContractError(f"spec.evaluate.prompts[{number}] must have a text, got {entry!r}")
         prompts.append(Prompt(entry["text"], entry.get("context"), entry.get("expected")))
-    max_new_tokens = spec.get("maxNewTokens") or DEFAULT_MAX_NEW_TOKENS
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ContractError(f"spec.evaluate.maxNewTokens is {max_new_tokens!r}, expected an integer of at least 1")
-    ratio = (spec.get("gate") or {}).get("maxLossRatioToBase")
-    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or ratio <= 0):
-        raise ContractError(f"spec.evaluate.gate.maxLossRatioToBase is {ratio!r}, expected a number above zero")
-    return Args(tuple(prompts), max_new_tokens, None if ratio is None else float(ratio))
+    gate = spec.get("gate") or {}
+    if unknown := gate.keys() - THRESHOLDS.keys():
+        names = ", ".join(THRESHOLDS)
+        raise ContractError(f"spec.evaluate.gate.{min(unknown)} is no threshold, expected one of {names}")
+    thresholds = {
+        name: _number_above_zero(f"spec.evaluate.gate.{name}", gate[name])
+        for name in THRESHOLDS
+        if gate.get(name) is not None
+    }
+    return Args(tuple(prompts), _parse_generation(spec), thresholds)
+
+
+def _parse_generation(spec: Mapping[str, Any]) -> Generation:
+    do_sample = spec.get("doSample", DEFAULT_GENERATION.do_sample)
+    if not isinstance(do_sample, bool):
+        raise ContractError(f"spec.evaluate.doSample is {do_sample!r}, expected true or false")
+    top_p = _number_above_zero("spec.evaluate.topP", spec.get("topP", DEFAULT_GENERATION.top_p))
+    if top_p > 1:
+        raise ContractError(f"spec.evaluate.topP is {top_p}, expected at most 1")
+    return Generation(
+        do_sample,
+        _number_above_zero("spec.evaluate.temperature", spec.get("temperature", DEFAULT_GENERATION.temperature)),
+        top_p,
+        _integer("spec.evaluate.maxNewTokens", spec.get("maxNewTokens", DEFAULT_GENERATION.max_new_tokens), 1),
+        _integer("spec.evaluate.seed", spec.get("seed", DEFAULT_GENERATION.seed), 0),
+    )
+
+
+def _number_above_zero(field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ContractError(f"{field} is {value!r}, expected a number above zero")
+    return float(value)
+
+
+def _integer(field: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ContractError(f"{field} is {value!r}, expected an integer of at least {least}")
+    return value
 
 
 def run(config: StageConfig) -> Report:
@@ -116,11 +152,12 @@ def run(config: StageConfig) -> Report:
     data = read_data(prepared)
     rows = open_validation_rows(prepared)
     supervised = rows.supervised_in_all()
-    if args.max_loss_ratio is not None and not supervised:
+    about_loss = [name for name in args.gate if THRESHOLDS[name].needs_loss]
+    if about_loss and not supervised:
         raise UserError(
             "NoHeldOutRows",
-            f"evaluate.gate.maxLossRatioToBase compares held-out losses, and prepare held out {len(rows.input_ids)} "
-            f"rows with {supervised} supervised tokens: raise dataset.validationPercent or drop the gate",
+            f"evaluate.gate.{about_loss[0]} is about the held-out loss, and prepare held out {len(rows.input_ids)} "
+            f"rows with {supervised} supervised tokens: raise dataset.validationPercent or drop the threshold",
         )
     base = open_input(config, MODEL_INPUT)
     merged = open_input(config, MERGE) if MERGE in config.inputs else None
@@ -133,7 +170,7 @@ def run(config: StageConfig) -> Report:
     record_format = _open_format(data, tokenizer)
     encoder = Encoder(tokenizer, record_format.end_of_turn)
     prompts = _encode(args, record_format, encoder)
-    check_lengths(prompts, args.max_new_tokens, read_model_config(base).get("max_position_embeddings"))
+    check_lengths(prompts, args.generation.max_new_tokens, read_model_config(base).get("max_position_embeddings"))
     device = pick_device()
     torch.set_num_threads(available_cpus())
     print(
@@ -145,7 +182,7 @@ def run(config: StageConfig) -> Report:
     def measure(folder: Path, on_it: Path | None, added_after: Path | None) -> Measured:
         model = load_model(folder, device, adapter=on_it, trust_remote_code=remote_code)
         loss = measure_loss(model, rows)
-        answers = answer_prompts(model, prompts, encoder, tokenizer, args.max_new_tokens)
+        answers = answer_prompts(model, prompts, encoder, tokenizer, args.generation)
         print(
             f"{folder.name}: held-out loss {loss.loss if loss else 'not measured'}, {len(answers)} answers", flush=True
         )
@@ -171,32 +208,45 @@ def run(config: StageConfig) -> Report:
 
 
 def compare(args: Args, prompts: list[EncodedPrompt], base: Measured, tuned: Measured) -> dict[str, Any]:
-    """evaluation.json: both losses and perplexities, every prompt with both answers, the gate, the merge's proof."""
+    """evaluation.json: both losses and perplexities, every prompt with both answers and their scores, the means of
+    these over the prompts with an expected answer, the gate, the merge's proof.
+    """
+    generation = args.generation
     value: dict[str, Any] = {
         "baseLoss": _rounded(base.loss.loss if base.loss else None),
         "tunedLoss": _rounded(tuned.loss.loss if tuned.loss else None),
         "basePerplexity": _rounded(base.loss.perplexity if base.loss else None),
         "tunedPerplexity": _rounded(tuned.loss.perplexity if tuned.loss else None),
         "tokens": base.loss.tokens if base.loss else 0,
+        "generation": {
+            "doSample": generation.do_sample,
+            "temperature": generation.temperature,
+            "topP": generation.top_p,
+            "maxNewTokens": generation.max_new_tokens,
+            "seed": generation.seed,
+        },
         "prompts": [
             {
                 "prompt": encoded.text,
                 "expected": prompt.expected,
                 "base": of_base,
                 "tuned": of_tuned,
-                "baseExact": _is_exact(prompt, of_base),
-                "tunedExact": _is_exact(prompt, of_tuned),
+                "baseExact": None if prompt.expected is None else is_exact_match(of_base, prompt.expected),
+                "tunedExact": None if prompt.expected is None else is_exact_match(of_tuned, prompt.expected),
+                "baseRougeL": None if prompt.expected is None else _rounded(rouge_l(of_base, prompt.expected)),
+                "tunedRougeL": None if prompt.expected is None else _rounded(rouge_l(of_tuned, prompt.expected)),
             }
             for prompt, encoded, of_base, of_tuned in zip(
                 args.prompts, prompts, base.answers, tuned.answers, strict=True
             )
         ],
     }
+    value.update(_mean_scores(value["prompts"]))
     if base.loss is None or tuned.loss is None:
         value["note"] = "no held-out tokens: dataset.validationPercent is 0 or too small, so no loss was measured"
-    elif args.max_loss_ratio is not None:
-        value["maxLossRatioToBase"] = args.max_loss_ratio
-        value["gatePassed"] = value["tunedLoss"] <= args.max_loss_ratio * value["baseLoss"]
+    if args.gate:
+        value["gate"] = dict(args.gate)
+        value["gatePassed"] = not missed_thresholds(args.gate, value)
     if base.logits is not None and tuned.logits is not None:
         difference, agreement = compare_logits(base.logits, tuned.logits)
         value["mergedLogitDifference"] = float(f"{difference:.3g}")
@@ -205,16 +255,26 @@ def compare(args: Args, prompts: list[EncodedPrompt], base: Measured, tuned: Mea
 
 
 def gate_verdict(args: Args, evaluation: Mapping[str, Any]) -> UserError | None:
-    """The reason to end the job here, naming metric, value and threshold; None when the gate is passed or absent."""
-    if evaluation.get("gatePassed", True):
-        return None
-    base, tuned = evaluation["baseLoss"], evaluation["tunedLoss"]
-    ratio = f"{tuned / base:.6g}" if base else "infinitely many"
-    return UserError(
-        "EvalBelowThreshold",
-        f"held-out loss {tuned} of the tuned model is {ratio} times the base model's {base}, and "
-        f"evaluate.gate.maxLossRatioToBase is {args.max_loss_ratio:.6g}: train longer, on better data, or change it",
-    )
+    """The reason to end the job here, naming metric, value and threshold; None when the gate is met or absent."""
+    missed = missed_thresholds(args.gate, evaluation)
+    return UserError("EvalBelowThreshold", " ".join((*missed, GATE_REMEDY))) if missed else None
+
+
+def _mean_scores(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over the prompts with an expected answer, and how many these are; nothing where there is none."""
+    compared = [entry for entry in entries if entry["expected"] is not None]
+    if not compared:
+        return {}
+    means = {
+        mean: _rounded(sum(float(entry[score]) for entry in compared) / len(compared))
+        for mean, score in (
+            ("baseExactMatch", "baseExact"),
+            ("tunedExactMatch", "tunedExact"),
+            ("baseRougeL", "baseRougeL"),
+            ("tunedRougeL", "tunedRougeL"),
+        )
+    }
+    return {"promptsCompared": len(compared), **means}
 
 
 def summarize(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,10 +320,6 @@ def _encode(args: Args, record_format: RecordFormat, encoder: Encoder) -> list[E
     texts = [record_format.prompt(prompt.text, prompt.context) for prompt in args.prompts]
     tokens = encoder.encode_prompts(texts, rendered=record_format.rendered) if texts else []
     return [EncodedPrompt(text, ids) for text, ids in zip(texts, tokens, strict=True)]
-
-
-def _is_exact(prompt: Prompt, found: str) -> bool | None:
-    return None if prompt.expected is None else found.strip() == prompt.expected.strip()
 
 
 def _rounded(value: float | None) -> float | None:
