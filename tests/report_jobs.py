@@ -104,6 +104,8 @@ PROMPTS = [
         "tuned": "The Smiths were an English rock band formed in Manchester in 1982.",
         "baseExact": False,
         "tunedExact": True,
+        "baseRougeL": 0.1842,
+        "tunedRougeL": 1.0,
     },
     {
         "prompt": "### Instruction:\nShow a greeting in HTML.\n\n### Response:\n",
@@ -165,6 +167,8 @@ def write_job(
         "tunedLoss": 1.8421,
         "basePerplexity": 10.149,
         "tunedPerplexity": 6.3098,
+        "baseRougeL": 0.1842,
+        "tunedRougeL": 1.0,
         "tokens": 48211,
         "prompts": list(prompts),
     }

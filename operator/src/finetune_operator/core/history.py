@@ -1,7 +1,7 @@
 """What the operator knows of a job when a stage of it begins: stage.json's `history`, for the job's report.
 
-desired.py puts it into the stages that leave a report (contract.REPORTING). It is volatile by the contract: it changes no
-digest, and the Job of an attempt keeps what was known when it was made. Pure.
+desired.py puts it into the stages that leave a report (contract.REPORTING). It is volatile by the contract: it changes
+no digest, and the Job of an attempt keeps what was known when it was made. Pure.
 
     spec                 object  model, dataset, method, training, parallelism, accelerator, and evaluate.enabled; no
                                  prompts, and no environment of a pod, for that may hold anything

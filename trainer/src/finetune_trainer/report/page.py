@@ -18,6 +18,7 @@ from finetune_trainer.report.charts import Line, Mark, draw_chart, format_number
 from finetune_trainer.report.evidence import Evidence
 
 _TEMPLATE = "report.html.jinja"
+_ANSWERS = (("Expected", "expected"), ("Base", "base"), ("Tuned", "tuned"))
 _LONGEST_ANSWER = 6000
 """Characters of one answer that the page shows; evaluation.json has all of it."""
 
@@ -113,6 +114,8 @@ def comparison(evidence: Evidence) -> list[tuple[str, str, str]]:
     matches = _exact(evidence)
     if matches is not None:
         rows.append(("Exact answers", f"{matches[0]} of {matches[2]}", f"{matches[1]} of {matches[2]}"))
+    if _is_number(value.get("baseRougeL")) or _is_number(value.get("tunedRougeL")):
+        rows.append(("ROUGE-L, mean", _number(value.get("baseRougeL")), _number(value.get("tunedRougeL"))))
     return rows
 
 
@@ -284,17 +287,21 @@ def _prompts(evidence: Evidence) -> list[dict[str, Any]]:
         {
             "prompt": _cut(str(entry.get("prompt") or "").strip()),
             "answers": [
-                (name, style, _cut(entry.get(key)), entry.get(exact) if exact else None)
-                for name, style, key, exact in (
-                    ("Expected", "expected", "expected", None),
-                    ("Base", "base", "base", "baseExact"),
-                    ("Tuned", "tuned", "tuned", "tunedExact"),
-                )
+                (name, key, _cut(entry.get(key)), _score(entry, key))
+                for name, key in _ANSWERS
                 if entry.get(key) is not None
             ],
         }
         for entry in entries
     ]
+
+
+def _score(entry: Mapping[str, Any], key: str) -> str:
+    """How near an answer is to the expected one, in a word; empty where nothing says."""
+    if entry.get(f"{key}Exact") is True:
+        return "exact"
+    rouge = entry.get(f"{key}RougeL")
+    return f"ROUGE-L {rouge:.2f}" if _is_number(rouge) else ""
 
 
 def _exact(evidence: Evidence) -> tuple[int, int, int] | None:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from finetune_trainer.errors import RetryableError, UserError
 from finetune_trainer.sources.base import Listing, SourceFile
+from finetune_trainer.sources.s3_client import as_stage_error, error_code, is_cut, open_client
 
 _ATTEMPTS = 5
 """Tries to finish one file within one run."""
@@ -81,7 +82,7 @@ class S3Source:
                         out.write(chunk)
                     break
                 except Exception as error:  # noqa: BLE001 - mapped or raised again, see _fail
-                    if attempt == _ATTEMPTS or not _is_cut(error):
+                    if attempt == _ATTEMPTS or not is_cut(error):
                         self._fail(error)
                     print(f"{self.name}: {file.path} was cut at byte {out.tell()}, going on from there", flush=True)
             size = out.tell()
@@ -121,56 +122,21 @@ class S3Source:
         return path
 
     def _s3(self) -> Any:
-        import boto3
-
         if self._client is None:
-            # a session of its own: boto3's default one keeps credentials that were replaced since
-            self._client = boto3.Session().client("s3", region_name=os.environ.get("AWS_REGION") or _default_region())
+            self._client = open_client()
         return self._client
 
     def _fail(self, error: Exception) -> NoReturn:
         from botocore import exceptions
 
-        if isinstance(error, exceptions.ClientError):
-            code = str(error.response.get("Error", {}).get("Code", ""))
-            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            if code in ("NoSuchBucket", "NoSuchKey", "404"):
-                raise UserError("SourceNotFound", f"{self.name}: {code}: check bucket and prefix") from error
-            if code == "PreconditionFailed" or status == 412:
-                raise RetryableError("SourceChanged", f"{self.name}: an object changed while it was read") from error
-            if status in (401, 403):
-                raise UserError(
-                    "AccessDenied",
-                    f"{self.name}: S3 refused these credentials ({code}): the stage's service account needs "
-                    f"s3:ListBucket on {self._bucket} and s3:GetObject on its objects",
-                ) from error
-            if 400 <= status < 500 and status not in (408, 429):
-                raise UserError("S3Refused", f"{self.name}: S3 answered {status} {code}: {error}") from error
-            raise RetryableError("S3Unavailable", f"{self.name}: S3 answered {status} {code}") from error
-        if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
-            raise UserError(
-                "NoCredentials", f"{self.name}: {error}: give the stage a service account with a role for S3"
-            ) from error
+        code = error_code(error)
+        if code in ("NoSuchBucket", "NoSuchKey", "404"):
+            raise UserError("SourceNotFound", f"{self.name}: {code}: check bucket and prefix") from error
+        if code in ("PreconditionFailed", "412"):
+            raise RetryableError("SourceChanged", f"{self.name}: an object changed while it was read") from error
         if isinstance(error, exceptions.ParamValidationError):
             raise UserError("InvalidSource", f"{self.name}: {error}") from error
-        if isinstance(error, (exceptions.BotoCoreError, OSError)) and not _is_local(error):
-            raise RetryableError("S3Unavailable", f"{self.name}: {type(error).__name__}: {error}") from error
+        known = as_stage_error(error, self.name, f"s3:ListBucket on {self._bucket} and s3:GetObject on its objects")
+        if known is not None:
+            raise known from error
         raise error
-
-
-def _is_cut(error: Exception) -> bool:
-    from botocore import exceptions
-    from urllib3.exceptions import HTTPError
-
-    # a ClientError is the server's answer, so nothing was cut
-    return isinstance(error, (exceptions.HTTPClientError, exceptions.IncompleteReadError, HTTPError, ConnectionError))
-
-
-def _is_local(error: Exception) -> bool:
-    """True for an error of our own disk."""
-    return isinstance(error, OSError) and error.filename is not None
-
-
-def _default_region() -> str | None:
-    # S3 needs some region to sign with; an explicit AWS_DEFAULT_REGION or profile is boto3's to find
-    return None if os.environ.get("AWS_DEFAULT_REGION") else "us-east-1"
