@@ -151,7 +151,10 @@ def tiny_job(team: Team, name: str, **spec: Any) -> dict[str, Any]:
             "training": TRAINING,
             "accelerator": {"type": "cpu", "nodes": 2},
             "workspace": {"claimName": CLAIM},
-            "evaluate": {"prompts": [{"text": "What is the number after 7?", "expected": "It is 8."}]},
+            "evaluate": {
+                "prompts": [{"text": "What is the number after 7?", "expected": "It is 8."}],
+                "maxNewTokens": 64,
+            },
             "retryPolicy": {"maxRetries": 3},
             **spec,
         },
