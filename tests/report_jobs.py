@@ -48,7 +48,7 @@ SPEC = {
     },
     "parallelism": {"tensorParallelSize": 8, "pipelineParallelSize": 1},
     "accelerator": {"type": "neuron", "instanceType": "ml.trn1.32xlarge", "nodes": 1},
-    "evaluate": {"enabled": True},
+    "evaluate": {"enabled": True, "gate": {"maxLossRatioToBase": 0.95}},
 }
 HISTORY = {
     "spec": SPEC,

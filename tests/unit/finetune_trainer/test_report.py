@@ -72,6 +72,7 @@ def test_the_page_tells_what_was_gained_and_what_it_took(job: StageConfig) -> No
         "ROUGE-L, mean 0.1842 1",
         "Base ROUGE-L 0.18",
         "Tuned exact",
+        "Gate passed maxLossRatioToBase 0.95",
         "Goodput 93.1%",
         "76.68 USD at 21.5 USD a node and hour",
         "6.82M 6,815,744",
@@ -140,6 +141,12 @@ def test_what_is_not_known_is_said_and_never_guessed(workspace: Path) -> None:
     assert "USD" not in text
     assert "Goodput" not in text
     assert "No attempt failed." in text
+
+
+def test_a_gate_that_is_missed_is_told_with_metric_value_and_threshold(workspace: Path) -> None:
+    spec = {**report_jobs.SPEC, "evaluate": {"enabled": True, "gate": {"maxPerplexity": 5, "minRougeL": None}}}
+    text = Text(page_of(report_jobs.write_job(workspace, history={**report_jobs.HISTORY, "spec": spec}))).text
+    assert "Gate not passed The tuned model's held-out perplexity is 6.3098; spec.evaluate.gate.maxPerplexity" in text
 
 
 def test_a_job_without_evaluation_has_a_report_that_says_so(job: StageConfig) -> None:

@@ -3,8 +3,8 @@
 desired.py puts it into the stages that leave a report (contract.REPORTING). It is volatile by the contract: it changes
 no digest, and the Job of an attempt keeps what was known when it was made. Pure.
 
-    spec                 object  model, dataset, method, training, parallelism, accelerator, and evaluate.enabled; no
-                                 prompts, and no environment of a pod, for that may hold anything
+    spec                 object  model, dataset, method, training, parallelism, accelerator, and evaluate's enabled and
+                                 gate; no prompts, and no environment of a pod, for that may hold anything
     specDigest           str     of the whole spec, ttlSecondsAfterFinished left out
     artifacts            object  input name -> {"path", "digest"}
     stages               array   {"name", "state", "attempts", "seconds" from the first attempt's start to the end}
@@ -49,7 +49,7 @@ def derive_history(job: FineTuneJob, pipeline: Pipeline, settings: Settings, now
     known: dict[str, Any] = {
         "spec": {
             **{name: spec[name] for name in _SECTIONS if name in spec},
-            "evaluate": {"enabled": job.spec.evaluate.enabled},
+            "evaluate": {name: spec["evaluate"][name] for name in ("enabled", "gate") if name in spec["evaluate"]},
         },
         "specDigest": job.spec.end_digest,
         "artifacts": {},

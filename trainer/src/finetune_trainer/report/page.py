@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from finetune_trainer import contract
+from finetune_trainer.evaluation_gate import THRESHOLDS, missed_thresholds
 from finetune_trainer.report.charts import Line, Mark, draw_chart, format_number
 from finetune_trainer.report.evidence import Evidence
 
@@ -53,6 +54,7 @@ def render_page(evidence: Evidence) -> str:
         figures=headline(evidence),
         charts=_charts(evidence),
         comparison=comparison(evidence),
+        gate=judge_gate(evidence),
         prompts=_prompts(evidence),
         stages=_stages(evidence),
         attempts=_attempts(evidence),
@@ -94,7 +96,7 @@ def headline(evidence: Evidence) -> list[Figure]:
         found.append(Figure("Training loss", _number(loss), f"after {evidence.steps[-1]['step']:,} steps"))
     parameters = _trainable(evidence)
     if parameters is not None:
-        found.append(Figure("Trained parameters", _short(parameters), f"{parameters:,}"))
+        found.append(Figure("Trained parameters", _short(parameters), f"{parameters:,}" if parameters >= 1000 else ""))
     goodput = evidence.history.get("goodput")
     if _is_number(goodput):
         found.append(Figure("Goodput", f"{goodput:.1%}", "of training's time in steps that were kept"))
@@ -117,6 +119,16 @@ def comparison(evidence: Evidence) -> list[tuple[str, str, str]]:
     if _is_number(value.get("baseRougeL")) or _is_number(value.get("tunedRougeL")):
         rows.append(("ROUGE-L, mean", _number(value.get("baseRougeL")), _number(value.get("tunedRougeL"))))
     return rows
+
+
+def judge_gate(evidence: Evidence) -> tuple[bool, list[str]] | None:
+    """Whether spec.evaluate.gate is met, and its thresholds, or what misses them in words; None without one."""
+    gate = _mapping(evidence.section("evaluate").get("gate"))
+    known = {name: value for name, value in gate.items() if name in THRESHOLDS and value is not None}
+    if not known or not evidence.evaluation:
+        return None
+    missed = missed_thresholds(known, evidence.evaluation)
+    return not missed, list(missed) or [f"{name} {value:g}" for name, value in known.items()]
 
 
 def resources(evidence: Evidence) -> list[Row]:
