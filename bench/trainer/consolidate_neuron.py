@@ -79,7 +79,7 @@ def measure(workspace: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         flush=True,
     )
     contenders: dict[str, list[str | Path]] = {
-        "cp": ["sh", "-c", 'cp -r "$0"/checkpoint-1 "$1" && sync "$1"/shards/model/*', workspace, output],
+        "cp": ["sh", "-c", 'cp -r "$0"/checkpoint-1 "$1" && find "$1" -type f -exec sync {} +', workspace, output],
         "ours": [sys.executable, "-c", OURS + PEAK, workspace, output],
     }
     if not arguments.xser:
