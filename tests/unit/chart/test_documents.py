@@ -103,9 +103,10 @@ def test_every_dependency_has_its_reason(name: str) -> None:
     assert named - words == set()
 
 
+DISTRIBUTIONS = ("operator", "trainer", "client")
 DOCUMENTS = [
     path
-    for pattern in ("*.md", "docs/**/*.md", "charts/*/*.md", "hack/*/*.md", "operator/*.md", "trainer/*.md", "client/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "charts/*/*.md", "hack/*/*.md", *(f"{d}/*.md" for d in DISTRIBUTIONS))
     for path in sorted(ROOT.glob(pattern))
 ]
 

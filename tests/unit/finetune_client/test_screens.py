@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from pathlib import Path
 
 import client_jobs
@@ -31,6 +32,7 @@ def shown(what: RenderableType, width: int = 80, *, ascii_only: bool = False) ->
 
 
 def compare(name: str, text: str) -> None:
+    text = re.sub(r"-[0-9a-f]{8}-(?=\d)", "-01234567-", text)  # digests change with whatever stages read
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text, encoding="utf-8")
