@@ -273,6 +273,33 @@ def test_events_tell_each_checkpoint_once() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        pytest.param({}, "evaluate: base and tuned model were compared.", id="nothing measured"),
+        pytest.param(
+            {"baseLoss": 2.0, "tunedLoss": 1.5},
+            "evaluate: held-out loss 1.5 (2) of the tuned (base) model.",
+            id="losses alone",
+        ),
+        pytest.param(
+            {"baseExactMatch": 0.0, "tunedExactMatch": 0.9, "baseRougeL": 0.125, "tunedRougeL": 0.95},
+            "evaluate: exact match 0.9 (0), ROUGE-L 0.95 (0.125) of the tuned (base) model.",
+            id="answers alone",
+        ),
+    ],
+)
+def test_a_comparison_that_is_done_is_told_with_its_figures(metrics: dict[str, float], words: str) -> None:
+    simulation = Simulation()
+    for stage in ("prepare", "train", "consolidate", "merge"):
+        simulation.settle()
+        simulation.run_stage(stage)
+    before = simulation.settle()
+    simulation.run_stage("evaluate", **metrics)
+    told = [event.message for event in derive_events(before, simulation.settle()) if event.reason == "EvalPassed"]
+    assert told == [words]
+
+
 def test_a_missed_gate_and_spent_retries_are_told_once_each() -> None:
     simulation = Simulation(body=job_body(evaluate={"gate": {"maxLossRatioToBase": 0.5}}))
     for stage in ("prepare", "train", "consolidate", "merge"):

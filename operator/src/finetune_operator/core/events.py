@@ -75,7 +75,7 @@ _ENDS = (Reason.RETRIES_EXHAUSTED, Reason.DEADLINE_EXCEEDED)
 
 def _verdict_events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Iterator[Event]:
     if _turned(before, after, ConditionType.EVALUATED, "True"):
-        yield Event(EventReason.EVAL_PASSED, _losses(after))
+        yield Event(EventReason.EVAL_PASSED, _figures(after))
     missed = find_condition(after.conditions, ConditionType.EVALUATED)
     if missed is not None and missed.reason == Reason.GATE_NOT_MET:
         if _turned(before, after, ConditionType.EVALUATED, "False"):
@@ -87,11 +87,22 @@ def _verdict_events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Iter
         yield Event(EventReason.PUBLISHED, published.message if published is not None else "")
 
 
-def _losses(status: FineTuneJobStatus) -> str:
+def _figures(status: FineTuneJobStatus) -> str:
+    """What evaluate measured of the tuned model beside the base model, as far as the status has it."""
     found = status.evaluation
-    if found is None or found.base_loss is None or found.tuned_loss is None:
+    pairs = (
+        ()
+        if found is None
+        else (
+            ("held-out loss", found.tuned_loss, found.base_loss),
+            ("exact match", found.tuned_exact_match, found.base_exact_match),
+            ("ROUGE-L", found.tuned_rouge_l, found.base_rouge_l),
+        )
+    )
+    told = [f"{name} {tuned:g} ({base:g})" for name, tuned, base in pairs if tuned is not None and base is not None]
+    if not told:
         return "evaluate: base and tuned model were compared."
-    return f"evaluate: held-out loss {found.base_loss:g} of the base model, {found.tuned_loss:g} of the tuned model."
+    return f"evaluate: {', '.join(told)} of the tuned (base) model."
 
 
 _DONE = (StageState.SUCCEEDED, StageState.REUSED)
