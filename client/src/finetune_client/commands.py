@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ from finetune_client import screens
 from finetune_client.client import FineTuneClient
 from finetune_client.errors import ClientError, Exit, SpecError, exit_code_of
 from finetune_client.job import Job
+from finetune_operator.api.constants import API_VERSION
 from finetune_trainer import contract
 
 DAY_SECONDS = 86400
@@ -55,13 +57,28 @@ class _Where:
 
 app = typer.Typer(
     name="finetune",
-    help="FineTuneJobs from the terminal: submit, follow, understand. As `kubectl finetune` too.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 ok, 1 the job failed, 2 usage or spec, 3 cluster not reachable or forbidden, 4 time is over.",
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"finetune-client {metadata.version('finetune-client')}, API {API_VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the release and exit.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """FineTuneJobs from the terminal: submit, follow, understand. As `kubectl finetune` too."""
+
 
 Namespace = Annotated[
     str | None, typer.Option("--namespace", "-n", help="Namespace; without it that of the kubeconfig's context.")

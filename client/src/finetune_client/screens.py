@@ -466,7 +466,7 @@ def plan_screen(name: str, plan: PlanStatus, *, note: str = "") -> RenderableTyp
     table.add_column("each asks for", no_wrap=False)
     table.add_column("on", no_wrap=True)
     for stage in plan.stages:
-        asks = ", ".join(_resource(kind, amount) for kind, amount in stage.requests.items())
+        asks = ", ".join(f"{kind} {amount}" for kind, amount in stage.requests.items())
         table.add_row(stage.name, str(stage.pods), asks, stage.instance_type or "any node")
     parts += [table, Text(), _plan_figures(plan)]
     said = _beyond_the_table(plan.message)
@@ -487,10 +487,6 @@ _TO_START = "Set spec.dryRun to false to start it."
 def _beyond_the_table(message: str) -> str:
     """What the plan's message says beside its stages: why it would be refused or wait, and doubts."""
     return _STAGES_IN_WORDS.sub("", message.removeprefix(_DRY_RUN).removesuffix(_TO_START), count=1).strip()
-
-
-def _resource(kind: str, amount: str) -> str:
-    return f"{amount} {kind}" if kind in ("memory",) else f"{kind} {amount}"
 
 
 def _plan_figures(plan: PlanStatus) -> RenderableType:
@@ -533,11 +529,14 @@ def report_screen(report: JobReport) -> RenderableType:
         parts.append(_indented(Text(f"It has no artifact yet. They will lie in {report.folder} on the workspace.")))
         return Group(*parts)
     parts.append(_indented(Text(f"on the workspace, claim {report.claim or '?'}:", FAINT)))
+    rows = Table.grid(padding=(0, 2, 0, 0))
+    rows.add_column(style=STRONG, no_wrap=True)
+    rows.add_column(overflow="fold")
     for name, artifact in report.artifacts.items():
-        parts.append(Padding(Text.assemble((f"{name}  ", STRONG), artifact.path, overflow="fold"), (0, 0, 0, 4)))
+        rows.add_row(name, artifact.path)
     if report.page_path is not None:
-        shown = str(report.page or report.page_path)
-        parts.append(Padding(Text.assemble(("the whole story  ", STRONG), shown, overflow="fold"), (0, 0, 0, 4)))
+        rows.add_row("report", str(report.page or report.page_path))
+    parts.append(Padding(rows, (0, 0, 0, 4)))
     if report.evaluation is not None:
         parts += [Text(), _losses(report.evaluation)]
         for each in report.evaluation.prompts:

@@ -195,6 +195,11 @@ def test_the_installed_program_calls_itself_as_kubectl_does() -> None:
     assert "kubectl finetune status" in done.stderr
 
 
+def test_the_version_names_release_and_api(capsys: Captured) -> None:
+    assert run(["--version"]) == Exit.OK
+    assert capsys.readouterr().out == "finetune-client 0.1.0, API finetune-operator.io/v1alpha1\n"
+
+
 def test_a_shell_completes_commands() -> None:
     words = {"COMP_WORDS": "kubectl-finetune sta", "COMP_CWORD": "1"}
     assert program(_KUBECTL_FINETUNE_COMPLETE="complete_bash", **words).stdout.split() == ["status"]

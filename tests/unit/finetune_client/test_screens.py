@@ -9,9 +9,10 @@ from pathlib import Path
 
 import client_jobs
 import pytest
+from fake_api import FakeApi
 from rich.console import Console, RenderableType
 
-from finetune_client import screens
+from finetune_client import FineTuneClient, screens
 from finetune_client.job import Job, JobList
 from finetune_client.runbook import entries
 from finetune_operator.api.constants import Reason
@@ -65,6 +66,21 @@ def test_golden_list() -> None:
         f"$ finetune list -o wide\n{shown(screens.list_table(jobs, now, wide=True), 120)}"
     )
     compare("list", text)
+
+
+def test_golden_plan_and_report(api: FakeApi, client: FineTuneClient) -> None:
+    plans = [client_jobs.job_at(moment)[0] for moment in ("planned", "planned_too_large")]
+    text = "".join(
+        f"$ finetune plan job.yaml\n{shown(screens.plan_screen(job.name, job.status.plan))}\n"
+        for job in plans
+        if job.status.plan is not None
+    )
+    for moment in ("finished", "running"):
+        client_jobs.there(api, moment)
+        text += (
+            f"$ finetune report {client_jobs.NAME}\n{shown(screens.report_screen(client.report(client_jobs.NAME)))}\n"
+        )
+    compare("plan-report", text)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
