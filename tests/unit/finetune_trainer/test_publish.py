@@ -122,6 +122,7 @@ def test_the_model_its_card_and_its_report_are_published(s3: Any, workspace: Pat
     assert b"Held-out loss" in found["report.html"]
     manifest = json.loads(found["manifest.json"])
     assert manifest["sources"][contract.MERGE] == config.input(contract.MERGE).digest
+    assert report.message.startswith(f"{URI} is complete")
     assert report.metrics["uri"] == URI
     assert report.metrics["contents"] == "model"
     assert report.metrics["sentBytes"] == report.metrics["bytes"] > len(MODEL)

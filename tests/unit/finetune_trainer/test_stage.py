@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import socket
@@ -108,11 +109,9 @@ def test_a_wrong_stage_config_is_a_user_error_with_a_report(
     assert words in report["message"]
 
 
-def test_a_stage_of_a_later_release_is_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "stage.json"
-    path.write_text(json.dumps(config(tmp_path, stage="publish").as_json()))
-    code, report = run_main(monkeypatch, tmp_path, "publish", "--config", str(path))
-    assert (code, report["reason"]) == (20, "StageNotAvailable")
+@pytest.mark.parametrize("stage", contract.STAGES)
+def test_every_stage_of_the_contract_has_a_program(stage: str) -> None:
+    assert importlib.util.find_spec(f"finetune_trainer.stages.{stage}") is not None
 
 
 class OutOfMemoryError(RuntimeError):

@@ -250,14 +250,7 @@ def _run(stage: str, config_path: str) -> Report:
         _leave_report(config)
         return report
     check_config(config)
-    module = f"finetune_trainer.stages.{stage}"
-    try:
-        run = importlib.import_module(module).run
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise UserError("StageNotAvailable", f"this release has no stage {stage!r}: use a newer one") from error
-    result: Report = run(config)
+    result: Report = importlib.import_module(f"finetune_trainer.stages.{stage}").run(config)
     _leave_report(config)
     return result
 

@@ -9,6 +9,7 @@ what S3 has.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -90,11 +91,12 @@ def run(config: StageConfig) -> Report:
             CONTENT_DIGEST: done.manifest[CONTENT_DIGEST],
         }
         keep_report(writer, metrics)
-    if done.reused:
-        print(f"{args.uri} is complete with this very content already, verified", flush=True)
-    else:
-        print(f"{args.uri} is complete: {done.sent_bytes} bytes sent in {done.sent_files} files, verified", flush=True)
-    return finished_report(config, {"sentBytes": done.sent_bytes})
+    what = (
+        "was complete with this very content already" if done.reused else f"is complete, {done.sent_bytes} bytes sent"
+    )
+    message = f"{args.uri} {what}; {metrics['files']} files of {metrics['bytes']} bytes are verified."
+    print(message, flush=True)
+    return dataclasses.replace(finished_report(config, {"sentBytes": done.sent_bytes}), message=message)
 
 
 def _content(config: StageConfig, asked: str | None) -> tuple[list[LocalFile], str]:
