@@ -127,8 +127,8 @@ class StageJob:
 class Attempt:
     """All that exists of one attempt of one stage. `digest` is the 16 hexadecimal digits of the label.
 
-    `default_image` is the operator's default when the attempt was made, "" where its Job is gone. `remembered_by` is the
-    name of another stage's Job that has what is `recorded`; None where the attempt's own has it, or none.
+    `default_image` is the operator's default when the attempt was made, "" where its Job is gone. `remembered_by` names
+    another stage's Job that has what is `recorded`; None where the attempt's own has it, or none.
     """
 
     stage: str
