@@ -213,7 +213,8 @@ def _finished(**evaluation: Any) -> Simulation:
 
 def finished() -> Simulation:
     """Every stage has its artifact, and the tuned model is better."""
-    return _finished(baseLoss=1.9412, tunedLoss=1.3107)
+    answers = {"baseExactMatch": 0.0, "tunedExactMatch": 0.75, "baseRougeL": 0.1213, "tunedRougeL": 0.8342}
+    return _finished(baseLoss=1.9412, tunedLoss=1.3107, promptsCompared=4, **answers)
 
 
 def gate_missed() -> Simulation:

@@ -72,7 +72,7 @@ def status_screen(job: Job, now: datetime) -> RenderableType:
         parts += [Text(), _stages(job, now)]
         parts += [Text(), _progress(job, now)]
     if status.evaluation is not None:
-        parts += [Text(), _losses(status.evaluation)]
+        parts += [Text(), _comparison(status.evaluation)]
     if status.attempts:
         parts += [Text(), _section("Attempts that ended without a result"), _attempts(job, now)]
     diagnosis = diagnose(job)
@@ -190,7 +190,23 @@ def _checkpoint_text(training: TrainingStatus, now: datetime) -> str:
     return f"last checkpoint: step {checkpoint.step:,}" + (f", {_ago(checkpoint.time, now)}" if checkpoint.time else "")
 
 
-def _losses(evaluation: EvaluationStatus) -> RenderableType:
+def _comparison(evaluation: EvaluationStatus) -> RenderableType:
+    """Base against tuned in figures, as far as they were measured: a line for the losses, one for the answers."""
+    return Group(*(line for line in (_losses(evaluation), _answers(evaluation)) if line.plain))
+
+
+def _answers(evaluation: EvaluationStatus) -> Text:
+    number, said = evaluation.prompts_compared or 0, []
+    for name, base, tuned, form in (
+        ("exact match", evaluation.base_exact_match, evaluation.tuned_exact_match, "{:.0%}"),
+        ("ROUGE-L", evaluation.base_rouge_l, evaluation.tuned_rouge_l, "{:.2f}"),
+    ):
+        if base is not None and tuned is not None:
+            said.append(f"{name} {form.format(base)} to {form.format(tuned)}")
+    return Text(f"expected answers ({number}): {', '.join(said)}" if number and said else "")
+
+
+def _losses(evaluation: EvaluationStatus) -> Text:
     base, tuned = evaluation.base_loss, evaluation.tuned_loss
     if base is None or tuned is None:
         return Text("")
@@ -538,7 +554,7 @@ def report_screen(report: JobReport) -> RenderableType:
         rows.add_row("report", str(report.page or report.page_path))
     parts.append(Padding(rows, (0, 0, 0, 4)))
     if report.evaluation is not None:
-        parts += [Text(), _losses(report.evaluation)]
+        parts += [Text(), _comparison(report.evaluation)]
         for each in report.evaluation.prompts:
             parts += [Text(), Text(_printable(each.prompt), STRONG)]
             for who, answer in (("expected", each.expected), ("base", each.base), ("tuned", each.tuned)):
