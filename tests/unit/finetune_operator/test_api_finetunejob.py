@@ -203,6 +203,12 @@ def test_a_gate_opens_no_tensor_parallelism_on_cpus() -> None:
     assert fields == ["spec.parallelism.tensorParallelSize"]
 
 
+def test_the_gate_of_publishing_opens_no_endpoint() -> None:
+    publish = {**PUBLISH["publish"], "sageMakerEndpoint": {"instanceType": "ml.g5.4xlarge"}}
+    (problem,) = unavailable_features(make_job(publish=publish).spec, {"Publish": True})
+    assert (problem.field, problem.value) == ("spec.publish.sageMakerEndpoint", "ml.g5.4xlarge")
+
+
 def test_a_queue_is_refused_where_the_installation_serves_none() -> None:
     (problem,) = unavailable_features(make_job(queue={"name": "research"}).spec, queue_enabled=False)
     assert (problem.field, problem.value) == ("spec.queue", "research")

@@ -59,5 +59,8 @@ def _unavailable(
         yield "compile.enabled", "true", release, "remove compile"
     if spec.publish is not None and not features.get("Publish", False):
         yield "publish", "publish", release, "remove it; the result stays on the workspace"
+    elif spec.publish is not None and spec.publish.sage_maker_endpoint is not None:
+        instance = spec.publish.sage_maker_endpoint.instance_type
+        yield "publish.sageMakerEndpoint", instance, release, "remove it; an endpoint can serve what lies at s3.uri"
     if spec.queue is not None and not queue_enabled:
         yield "queue", spec.queue.name, "installation", "remove it, or have the chart's queue.enabled set"
