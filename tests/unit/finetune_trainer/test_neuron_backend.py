@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from train_runs import write_prepared
 
-from finetune_trainer import training
+from finetune_trainer import contract, training
 from finetune_trainer.backends import IGNORED, MicroBatch, ModelPlan, Placement, neuron_config, open_backend
 from finetune_trainer.backends.neuron import NeuronBackend
 from finetune_trainer.backends.neuron_checkpointing import rounds_to
@@ -43,6 +43,7 @@ from finetune_trainer.batches import PreparedRows, open_rows
 from finetune_trainer.checkpoints import NEURON_FORMAT, find_last_checkpoint, read_checkpoint
 from finetune_trainer.errors import CorruptArtifact, RetryableError, UserError
 from finetune_trainer.progress import Progress, ProgressPoster
+from finetune_trainer.stages import train_agent
 from finetune_trainer.training import TrainingPlan
 
 STEPS = 6
@@ -347,6 +348,7 @@ def test_a_checkpoint_that_is_not_all_of_its_layout_is_damaged(
         read_checkpoint(path, contents=False)
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=8), st.randoms())
 def test_a_weight_is_its_master_rounded_to_either_side_where_the_device_rounds_at_random(
     values: list[float], random: Any
@@ -591,3 +593,32 @@ def test_an_argument_that_the_installed_version_lacks_is_named_with_the_version(
     monkeypatch.setattr(neuron_config, "VENDOR_ARGUMENTS", {"neuronx_distributed.fake:load": ("tag",)})
     with pytest.raises(UserError, match=r"0.16.1 has no neuronx_distributed.fake.load"):
         neuron_config.check_vendor()
+
+
+# ---- the ranks' processes
+
+
+@pytest.mark.parametrize("is_neuron", [True, False])
+def test_on_trainium_a_rank_is_a_new_interpreter_and_its_agent_imports_nothing_that_looks_for_a_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_neuron: bool
+) -> None:
+    spec = {"accelerator": {"type": "neuron", "instanceType": "ml.trn1.2xlarge"}} if is_neuron else {}
+    config = contract.StageConfig(stage=contract.TRAIN, image="trainer:test", spec=spec, output="o", inputs={})
+    (tmp_path / "stage.json").write_bytes(contract.canonical_json(config.as_json()))
+    started: list[Any] = []
+    imported: list[str] = []
+    monkeypatch.setattr(train_agent, "launch_agent", lambda _launch, entry, own: started.append((entry, own)))
+    monkeypatch.setattr(train_agent.importlib, "import_module", imported.append)
+    sizes = ["--nodes", "1", "--procs-per-node", "2", "--node-rank", "0", "--join-seconds", "5"]
+    files = ["--config", str(tmp_path / "stage.json"), "--scratch", str(tmp_path)]
+    names = ["--endpoint", "localhost:0", "--run-id", "r", "--trace-steps", "3"]
+    monkeypatch.setattr(sys, "argv", ["train_agent", *sizes, *files, *names])
+    assert train_agent.main() == 0
+    ((entry, own),) = started
+    if is_neuron:
+        assert (entry, own[:2]) == (sys.executable, ["-m", "finetune_trainer.stages.train_worker"])
+        assert imported == []
+    else:
+        assert callable(entry)
+        assert "peft" in imported
+    assert own[-6:] == [*files, "--trace-steps", "3"]
