@@ -277,7 +277,6 @@ def test_a_graph_that_the_compiler_cannot_make_ends_the_job_before_train(team: T
     job = team.wait("unlucky", failed, 240, "the job to fail")
     show(team, "unlucky")
     told = condition(job, "Succeeded")
-    print(told)
     assert stage(job, "compile")["attempt"] == 1
     assert "1 of 4 graphs failed" in told["message"]
     assert "input1_set" in told["message"], "the compiler's own words"
