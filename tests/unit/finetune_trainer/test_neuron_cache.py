@@ -40,7 +40,7 @@ def changed(config: StageConfig, part: str, **values: Any) -> StageConfig:
 
 KEPT: dict[str, Callable[[StageConfig], StageConfig]] = {
     "another learning rate": lambda config: changed(config, "training", learningRate=0.5),
-    "another schedule": lambda config: changed(config, "training", learningRateSchedule="linear", warmupSteps=0),
+    "another schedule": lambda config: changed(config, "training", learningRateSchedule="linear"),
     "another length": lambda config: changed(config, "training", maxSteps=9),
     "another checkpoint interval": lambda config: changed(config, "training", checkpointEverySteps=1),
     "other checkpoints kept": lambda config: changed(config, "training", keepCheckpoints=7),
@@ -90,6 +90,12 @@ def test_the_interval_of_evaluation_is_no_part_of_its_graph(workspace: Path) -> 
     one, other = (changed(neuron_config(workspace), "training", evaluateEverySteps=each) for each in (5, 50))
     assert stage_digest(one) == stage_digest(other)
     assert graph_spec(one.spec)["training"]["evaluates"] is True
+
+
+def test_how_long_the_rate_warms_up_is_no_part_of_a_graph_and_that_it_does_is(workspace: Path) -> None:
+    none, short, long = (changed(neuron_config(workspace), "training", warmupSteps=each) for each in (0, 5, 50))
+    assert stage_digest(short) == stage_digest(long) != stage_digest(none), "a first rate of 0 is a constant"
+    assert training_key(short, ENVIRONMENT) == training_key(long, ENVIRONMENT) != training_key(none, ENVIRONMENT)
 
 
 def test_weights_and_rows_are_no_part_of_the_key_but_their_shapes_are(workspace: Path) -> None:

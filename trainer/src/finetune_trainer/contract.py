@@ -97,13 +97,13 @@ _ORDER_ONLY: Mapping[str, frozenset[str]] = {TRAIN: frozenset({COMPILE})}
 its graphs were compiled before or on the way, so its checkpoints must outlive another compilation."""
 
 EVALUATE_EVERY = "evaluateEverySteps"
+WARMUP_STEPS = "warmupSteps"
 _NOT_OF_THE_GRAPHS = frozenset(
     {
         "maxSteps",
         "epochs",
         "learningRate",
         "learningRateSchedule",
-        "warmupSteps",
         "seed",
         "checkpointEverySteps",
         "keepCheckpoints",
@@ -304,12 +304,15 @@ def stage_digest(config: StageConfig) -> str:
 def graph_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The part of train's spec that decides which graphs its program has.
 
-    Of evaluateEverySteps it is whether there is evaluation at all. Fields that are not known here are kept: one that
-    changes a graph and was left out would be compiled on the accelerators while training waits.
+    Of evaluateEverySteps it is whether there is evaluation at all, of warmupSteps whether there is a first step with a
+    rate of 0, which torch_xla makes a constant of. Fields that are not known here are kept: one that changes a graph
+    and was left out would be compiled on the accelerators while training waits.
     """
     training = {name: value for name, value in spec.get("training", {}).items() if name not in _NOT_OF_THE_GRAPHS}
     if training.pop(EVALUATE_EVERY, None):
         training["evaluates"] = True
+    if training.pop(WARMUP_STEPS, None):
+        training["warmsUp"] = True
     return {**spec, "training": training}
 
 
