@@ -104,11 +104,12 @@ def waits(namespace: str, name: str) -> list[float]:
     k8s_jobs = kube.items(
         "jobs", "-n", namespace, "-l", kubelet.selector(name), "--sort-by=.metadata.creationTimestamp"
     )
-    ends = [parse_time(outcome(k8s_job)["finishedAt"]) for k8s_job in k8s_jobs]
+    # The last one's end, a success, stands on the next stage's Job.
+    ends = [parse_time(outcome(k8s_job)["finishedAt"]) for k8s_job in k8s_jobs[:-1]]
     begins = [parse_time(k8s_job["metadata"]["creationTimestamp"]) for k8s_job in k8s_jobs]
     return [
         (begin - end) / timedelta(seconds=1)
-        for end, begin in zip(ends, begins[1:], strict=False)
+        for end, begin in zip(ends, begins[1:], strict=True)
         if begin is not None and end is not None
     ]
 

@@ -144,16 +144,16 @@ def test_a_model_without_its_configuration_is_named(workspace: Path) -> None:
 
 def test_the_environment_keeps_what_the_operator_says_and_has_failed_graphs_tried_again(tmp_path: Path) -> None:
     found = compiler_environment(
-        {"NEURON_CC_FLAGS": "--model-type transformer --cache_dir=/work/c", "X": "y"}, tmp_path
+        {"NEURON_CC_FLAGS": "--model-type transformer --cache_dir=/other/c", "X": "y"}, tmp_path
     )
     assert found["NEURON_CC_FLAGS"].split() == [
         "--model-type=transformer",
         "--retry_failed_compilation",
-        "--cache_dir=/work/c",
+        "--cache_dir=/other/c",
     ]
-    assert (found["NEURON_COMPILE_CACHE_URL"], found["X"]) == ("/work/c", "y")
+    assert (found["NEURON_COMPILE_CACHE_URL"], found["X"]) == ("/other/c", "y")
     assert found["NEURON_PARALLEL_COMPILE_MAX_RETRIES"] == "1"
-    assert cache_folder(found) == Path("/work/c")
+    assert cache_folder(found) == Path("/other/c")
     assert compiler_environment(found, tmp_path) == found, "once is enough"
 
 
